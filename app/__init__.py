@@ -1,0 +1,1 @@
+"""Contextual document embeddings behind OpenAI's embeddings API."""
