@@ -1,0 +1,162 @@
+"""The nouns that pass between rooms. Frozen, and free of behaviour that needs another room."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Arrays = Mapping[str, FloatArray]
+"""A context's payload: named float32 arrays. `dataset_embeddings` (corpus_size, hidden_size) is always among them."""
+
+DATASET_EMBEDDINGS = "dataset_embeddings"
+DEFAULT_CONTEXT = "default"
+
+
+class InputType(StrEnum):
+    """Which prompt stands before a text."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
+    NONE = "none"
+
+
+class Stage(StrEnum):
+    """Which of the model's two encoders runs."""
+
+    FIRST = "first"
+    SECOND = "second"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a loaded model is and takes. `revision` is the SHA-256 of its weights, wherever they came from;
+    `context_rows`: how many rows are computed for each text besides its own."""
+
+    id: str
+    family: str
+    semantics: str
+    revision: str
+    tokenizer_revision: str
+    source: str
+    hidden_size: int
+    max_length: int
+    corpus_size: int
+    corpus_size_is_exact: bool
+    context_rows: int
+    prompts: Mapping[InputType, str]
+    default_input_type: InputType
+    vocab_size: int
+    dtype: str
+    device: str
+    has_first_stage: bool
+    is_cde: bool
+    approximate: bool = False
+    """Context rows are frozen: not what the model was fitted to compute, and not comparable with it."""
+    fallback_documents: tuple[str, ...] | None = None
+    """Documents of the default context the checkpoint ships; empty: the model works without a context; None: ours."""
+
+    def fingerprint(self, context_id: str, dimensions: int, *, normalized: bool) -> str:
+        """Hash over everything that decides a vector besides its text: equal fingerprints, comparable vectors."""
+        parts = (self.revision, self.tokenizer_revision, self.semantics, context_id, self.dtype, dimensions, normalized)
+        return "fp_" + hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """One text as a model takes it: prompt and special tokens in, cut to the model's max length."""
+
+    input_ids: tuple[int, ...]
+    input_type: InputType
+    truncated: bool = False
+
+
+class ContextStatus(StrEnum):
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentCounts:
+    """What became of the documents a context was made from."""
+
+    received: int = 0
+    chosen: int = 0
+    duplicates: int = 0
+    truncated: int = 0
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How the minicorpus is chosen from the documents."""
+
+    method: Literal["random", "first", "import"] = "random"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContextInfo:
+    """A stored context version without its payload."""
+
+    id: str
+    model: str
+    model_revision: str
+    name: str
+    version: int
+    status: ContextStatus
+    created_at: datetime
+    selection: Selection
+    documents: DocumentCounts
+    corpus_size: int
+    dimensions: int
+    usage_bytes: int
+    error: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRef:
+    """How a caller names a context: an id, a name (its current version) or name.version."""
+
+    text: str
+    id: str | None = None
+    name: str | None = None
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A context as the engine takes it: its arrays, under a key that names their content."""
+
+    key: str
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The answer to one request: float32 vectors (n, dimensions) in the order of the input, and how they were made."""
+
+    vectors: FloatArray
+    prompt_tokens: int
+    compute_tokens: int
+    truncated_inputs: Sequence[int]
+    model: str
+    context_id: str
+    context_name: str | None
+    fell_back: bool
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing, and whether more follows."""
+
+    items: Sequence[ContextInfo]
+    has_more: bool

@@ -1,0 +1,172 @@
+"""Everything that can go wrong on purpose. Knows no HTTP: `app/api/openai_errors.py` maps each class to a status.
+
+ServiceError
+├── InvalidRequest
+│   ├── ContextLengthExceeded
+│   ├── TooManyTokens
+│   ├── UnknownParameter
+│   ├── TokenIdsNotAccepted
+│   ├── ContextModelMismatch
+│   ├── ContextRequired
+│   ├── ContextInUse
+│   ├── UnknownContextNamed
+│   └── FirstStageUnavailable
+├── NotFound
+│   ├── ModelNotFound
+│   └── ContextNotFound
+├── Unauthenticated
+├── InsufficientScope
+├── FingerprintMismatch
+├── RequestTooLarge
+├── UnsupportedMediaType
+├── RetryableError
+│   ├── QueueFull
+│   └── Unavailable
+│       ├── NotReady
+│       ├── ContextNotReady
+│       ├── ShuttingDown
+│       └── EngineUnavailable
+└── ServerFault
+    └── NonFiniteEmbedding
+StartupError
+├── ConfigError
+└── CheckpointError
+StoreError
+"""
+
+
+class ServiceError(Exception):
+    """An answer to a caller. `message` says what was wrong and what to do next; `param` names the field, if one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(ServiceError):
+    """The request cannot be served as it is; `message` says which field and why."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """A text is longer than the model takes, and cutting was not asked for."""
+
+
+class TooManyTokens(InvalidRequest):
+    """All texts together are more than one request may hold."""
+
+
+class UnknownParameter(InvalidRequest):
+    """A field nobody knows; null counts as absent."""
+
+
+class TokenIdsNotAccepted(InvalidRequest):
+    """Integers in `input` where they cannot be read."""
+
+
+class ContextModelMismatch(InvalidRequest):
+    """The context was made for another model, or other weights of it."""
+
+
+class ContextRequired(InvalidRequest):
+    """No context was named, and there is none to fall back on."""
+
+
+class ContextInUse(InvalidRequest):
+    """The version a name points at cannot be deleted alone."""
+
+
+class UnknownContextNamed(InvalidRequest):
+    """A context named in the body or a header does not exist."""
+
+
+class FirstStageUnavailable(InvalidRequest):
+    """The model is served without its first stage: contexts by import only."""
+
+
+class NotFound(ServiceError):
+    """Nothing is there."""
+
+
+class ModelNotFound(NotFound):
+    """The model is not served here."""
+
+
+class ContextNotFound(NotFound):
+    """A context named in the path or the model name does not exist."""
+
+
+class Unauthenticated(ServiceError):
+    """The key is missing or wrong."""
+
+
+class InsufficientScope(ServiceError):
+    """The key is right, and not allowed to do this."""
+
+
+class FingerprintMismatch(ServiceError):
+    """`x-expect-fingerprint` names another vector space."""
+
+
+class RequestTooLarge(ServiceError):
+    """The body is over the limit."""
+
+
+class UnsupportedMediaType(ServiceError):
+    """The Content-Type is none that this path takes."""
+
+
+class RetryableError(ServiceError):
+    """The same request may succeed after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class QueueFull(RetryableError):
+    """The queue has no room for the whole request."""
+
+
+class Unavailable(RetryableError):
+    """Not now."""
+
+
+class NotReady(Unavailable):
+    """The server is starting, or its last batch failed."""
+
+
+class ContextNotReady(Unavailable):
+    """The context is still being built."""
+
+
+class ShuttingDown(Unavailable):
+    """The server is shutting down."""
+
+
+class EngineUnavailable(Unavailable):
+    """The device worker or the context store does not answer."""
+
+
+class ServerFault(ServiceError):
+    """Our fault; the log has the details under the request id."""
+
+
+class NonFiniteEmbedding(ServerFault):
+    """The model gave NaN or infinity for this input."""
+
+
+class StartupError(Exception):
+    """The process cannot start. The message is for the operator and stands alone."""
+
+
+class ConfigError(StartupError):
+    """The settings are wrong."""
+
+
+class CheckpointError(StartupError):
+    """The checkpoint cannot be loaded."""
+
+
+class StoreError(Exception):
+    """The context store cannot answer."""

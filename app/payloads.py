@@ -1,0 +1,82 @@
+"""A context's arrays <-> the bytes they are stored, exported and imported as. Safetensors, or .npy for one array."""
+
+import hashlib
+import io
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save
+from safetensors.torch import load
+
+from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def to_safetensors(arrays: Arrays) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def from_safetensors(data: bytes) -> Arrays:
+    """Float arrays of any width, as float32. Raises ValueError."""
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}; floats are expected")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def to_npy(arrays: Arrays) -> bytes:
+    """Raises ValueError where the context holds more than its dataset embeddings."""
+    if set(arrays) != {DATASET_EMBEDDINGS}:
+        raise ValueError(f"this context holds {sorted(arrays)}: .npy takes one array, safetensors takes all")
+    buffer = io.BytesIO()
+    np.save(buffer, arrays[DATASET_EMBEDDINGS], allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_npy(data: bytes) -> Arrays:
+    """One array, taken as the dataset embeddings. Raises ValueError."""
+    try:
+        version = np.lib.format.read_magic(io.BytesIO(data))
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(io.BytesIO(data[8:]))
+        if math.prod(shape) * dtype.itemsize > len(data):
+            raise ValueError("it is shorter than its header says")
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
+        raise ValueError(f"not a .npy file: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise ValueError("the .npy file does not hold one array of floats")
+    return {DATASET_EMBEDDINGS: array.astype(np.float32)}
+
+
+def id_of_documents(spec: ModelSpec, prompt: str, documents: Iterable[TokenizedText]) -> str:
+    """The id of the context these documents make: weights, tokenizer, prompt, max length and token ids, in order."""
+    digest = _digest(spec, "documents", spec.tokenizer_revision, prompt, str(spec.max_length))
+    for document in documents:
+        digest.update(np.asarray((len(document.input_ids), *document.input_ids), dtype="<i4").tobytes())
+    return _id(digest)
+
+
+def id_of_arrays(spec: ModelSpec, arrays: Arrays) -> str:
+    """The id of an imported context: weights and the arrays themselves."""
+    digest = _digest(spec, "arrays")
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    return _id(digest)
+
+
+def _digest(spec: ModelSpec, *parts: str) -> "hashlib._Hash":
+    return hashlib.sha256("\0".join((spec.revision, *parts, "")).encode())
+
+
+def _id(digest: "hashlib._Hash") -> str:
+    return "ctx_" + digest.hexdigest()[:32]

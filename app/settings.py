@@ -1,0 +1,182 @@
+"""All settings, in one frozen tree. The only reader of the environment and of `config/`.
+
+Layers, later wins: the defaults here < a TOML file < environment (`CDE__LIMITS__MAX_INPUTS=64`) < command line.
+"""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from app.errors import ConfigError
+
+CONFIG_FILE = Path("config/cde-server.toml")
+CONFIG_VARIABLE = "CDE_CONFIG"
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Group):
+    name: str = Field(
+        "builtin/minilm-context", description="Hub id, folder in the Hub's layout, or the embedded default"
+    )
+    served_name: str | None = Field(None, description="Name clients use; absent: the Hub id, or the folder's last part")
+    aliases: tuple[str, ...] = Field((), description="More names clients may use")
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub; absent: main")
+    semantics: Literal["training", "hub"] = Field(
+        "training", description="What the weights were trained with, or what the Hub's remote code computes"
+    )
+    output_residual: bool | None = Field(None, description="Overrides that part of `semantics` (v2)")
+    mask_instruction: bool | None = Field(None, description="Overrides that part of `semantics` (v2)")
+    first_stage: bool = Field(True, description="false: half the memory, contexts by import only")
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, else float32; int8 on CPUs, 1 - cos up to about 5e-4"
+    )
+    context_attention: Literal["exact", "frozen"] = Field(
+        "exact", description="frozen: an approximation, much faster for short texts; see `cde-server agreement`"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    matryoshka: bool = Field(False, description="Allow smaller `dimensions`: cut first, normalised after")
+
+
+class ServerSettings(_Group):
+    host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback only with keys")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without keys")
+    keys_file: Path | None = Field(None, description="TOML file of API keys (SHA-256 digests); reloaded on change")
+    cors_origins: tuple[str, ...] = Field((), description="Origins browsers may call from; none: CORS is off")
+    unknown_parameters: Literal["reject", "ignore"] = Field(
+        "reject", description="What to do with body fields nobody knows; ignore for gateways that add some"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged")
+
+
+class EngineSettings(_Group):
+    workers: int = Field(0, ge=0, description="Threads that run batches; 0: one a core on a CPU, else one")
+    batch_tokens: int = Field(
+        0, ge=0, description="Tokens of one batch as computed, context rows counted; 0: 1100 on a CPU, else 16384"
+    )
+
+    def workers_on(self, device: str) -> int:
+        return self.workers or (cores() if device == "cpu" else 1)
+
+    def batch_tokens_on(self, device: str) -> int:
+        return self.batch_tokens or (1100 if device == "cpu" else 16_384)
+
+
+class LimitSettings(_Group):
+    max_inputs: Positive = Field(2048, description="Inputs in one request")
+    max_tokens_per_request: Positive = Field(300_000, description="Tokens of all inputs of one request together")
+    max_body_bytes: Positive = Field(64 * 2**20, description="Body of a JSON request or an import")
+    max_line_bytes: Positive = Field(8 * 2**20, description="One line of an NDJSON upload; the whole is unbounded")
+    queue_tokens: Positive = Field(4_500_000, description="Tokens waiting, as computed; beyond it requests get 429")
+    vector_cache_bytes: int = Field(
+        64 * 2**20, ge=0, description="Vectors kept so that equal texts are not computed again; 0: none"
+    )
+
+
+class ContextSettings(_Group):
+    default: str = Field("default", description="Name of the context for requests that name none")
+    require_context: bool = Field(False, description="Answer 400 to requests that name none")
+    cache_bytes: Positive = Field(256 * 2**20, description="Contexts held in memory, stored and sent with requests")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; absent: SQLite in `data_dir`")
+
+
+class Settings(_Group):
+    """The whole tree; `load_settings` builds it from all layers."""
+
+    models: tuple[ModelSettings, ...] = Field(
+        (ModelSettings(),), min_length=1, description="Models to serve; the first is the default"
+    )
+    data_dir: Path = Field(Path("data"), description="Folder for everything that is kept")
+    truncate: Literal["none", "end"] = Field("none", description="Texts over the max length: a 400, or cut")
+    token_ids: Literal["cl100k_base", "model", "reject"] = Field(
+        "cl100k_base", description="What integers in `input` are: tiktoken's, the model's own, or a 400"
+    )
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
+    contexts: ContextSettings = ContextSettings()
+
+    @property
+    def database_url(self) -> str:
+        return self.contexts.database_url or f"sqlite:///{self.data_dir / 'contexts.sqlite3'}"
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        server = self.server
+        if not (_is_loopback(server.host) or server.keys_file or server.allow_unauthenticated):
+            raise ValueError(
+                f"server.host {server.host} is open to other machines and no keys are set: "
+                f"set server.keys_file, or server.allow_unauthenticated if something in front checks callers"
+            )
+        if server.keys_file and not server.keys_file.is_file():
+            raise ValueError(f"server.keys_file {server.keys_file} does not exist")
+        return self
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """The settings of this process. `overrides`: the command line's, nested like the tree.
+
+    `config`: a TOML file; else the one CDE_CONFIG names; else config/cde-server.toml where there is one.
+    Raises ConfigError with one line for each thing that is wrong.
+    """
+    named = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if named and not named.is_file():
+        raise ConfigError(f"The settings file {named} does not exist")
+
+    class Layered(Settings, BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix="CDE__", env_nested_delimiter="__", nested_model_default_partial_update=True
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=named or CONFIG_FILE)
+
+    try:
+        return Layered(**(overrides or {}))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(e) for e in error.errors())) from error
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _line(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    return f"{where}: {error['msg']}" if where else str(error["msg"]).removeprefix("Value error, ")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

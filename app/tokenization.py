@@ -1,0 +1,122 @@
+"""Text or token ids -> what a model takes: prompt in front, special tokens around, cut to the model's max length.
+
+A fast tokenizer's truncation and padding settings are shared, mutable state and not safe under threads, so both are
+switched off once and ids are cut here. `encode_batch` releases the GIL.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import copy
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from app.domain import InputType, TokenizedText
+from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+
+
+class TextTokenizer:
+    """One model's tokenizer with its prompts and limits. Safe to share between threads."""
+
+    def __init__(self, path: Path, *, prompts: Mapping[InputType, str], max_length: int) -> None:
+        """`path`: a `tokenizer.json`. Raises CheckpointError when it cannot be read."""
+        try:
+            raw = path.read_bytes()
+            self._tokenizer = Tokenizer.from_buffer(raw)
+        except Exception as error:
+            raise CheckpointError(f"{path} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._prompts = {kind: prompt for kind, prompt in prompts.items() if prompt}
+        self._max_length = max_length
+        self.revision = hashlib.sha256(raw).hexdigest()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        frame = self._tokenizer.encode("").ids
+        if len(frame) != 2:
+            raise CheckpointError(f"{path} puts {len(frame)} special tokens around a text; 2 are expected")
+        self._first, self._last = frame
+
+    def limited_to(self, max_length: int) -> "TextTokenizer":
+        """The same tokenizer with another max length."""
+        other = copy(self)
+        other._max_length = max_length
+        return other
+
+    def id_of(self, text: str) -> int:
+        """The id of the first token of `text`, without special tokens."""
+        return int(self._tokenizer.encode(text, add_special_tokens=False).ids[0])
+
+    def tokens(self, input_ids: Sequence[int]) -> list[str]:
+        return [self._tokenizer.id_to_token(i) or "" for i in input_ids]
+
+    def texts(
+        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool
+    ) -> list[TokenizedText]:
+        """`input_type` None: a prompt already in a text is kept, else `default`'s goes in front.
+
+        Raises ContextLengthExceeded for a text over the max length, unless `truncate`.
+        """
+        kinds, id_lists = self._encoded(texts, input_type, default)
+        return [self._fit(ids, kind, truncate, i) for i, (ids, kind) in enumerate(zip(id_lists, kinds, strict=True))]
+
+    def uncut(self, texts: Sequence[str], input_type: InputType | None, default: InputType) -> list[list[int]]:
+        """The ids `texts` would give if there were no max length."""
+        return self._encoded(texts, input_type, default)[1]
+
+    def ids(
+        self, inputs: Sequence[Sequence[int]], input_type: InputType | None, default: InputType, *, truncate: bool
+    ) -> list[TokenizedText]:
+        """Ids of this tokenizer. A list in special tokens is taken as it is; else prompt and special tokens are added.
+
+        Raises InvalidRequest for an id outside the vocabulary, ContextLengthExceeded as `texts` does.
+        """
+        kind = input_type or default
+        prompt = self._tokenizer.encode(self._prompts.get(kind, ""), add_special_tokens=False).ids
+        out = []
+        for i, given in enumerate(inputs):
+            outside = next((t for t in given if not 0 <= t < self.vocab_size), None)
+            if outside is not None:
+                raise InvalidRequest(
+                    f"Invalid 'input[{i}]': token id {outside} is not in this model's vocabulary of {self.vocab_size}.",
+                    param="input",
+                )
+            framed = len(given) > 1 and given[0] == self._first and given[-1] == self._last
+            ids = list(given) if framed else [self._first, *prompt, *given, self._last]
+            out.append(self._fit(ids, kind, truncate, i))
+        return out
+
+    def _encoded(
+        self, texts: Sequence[str], input_type: InputType | None, default: InputType
+    ) -> tuple[list[InputType], list[list[int]]]:
+        clean = [_without_lone_surrogates(text) for text in texts]
+        kinds = [input_type or self._type_in(text) or default for text in clean]
+        prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
+        return kinds, [encoding.ids for encoding in self._tokenizer.encode_batch(prompted)]
+
+    def _type_in(self, text: str) -> InputType | None:
+        return next((kind for kind, prompt in self._prompts.items() if text.startswith(prompt)), None)
+
+    def _prompted(self, text: str, kind: InputType) -> str:
+        prompt = self._prompts.get(kind, "")
+        return text if text.startswith(prompt) else prompt + text
+
+    def _fit(self, ids: Sequence[int], kind: InputType, truncate: bool, index: int) -> TokenizedText:
+        if len(ids) <= self._max_length:
+            return TokenizedText(tuple(ids), kind)
+        if not truncate:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self._max_length} tokens, however you requested {len(ids)} "
+                f"tokens (in input[{index}]; prompt and special tokens counted). Please reduce your input, or send "
+                f'"truncate": "end" to have it cut.',
+                param="input",
+            )
+        return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """JavaScript sends half an emoji as one; UTF-8 has no such thing, so it becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
