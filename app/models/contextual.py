@@ -1,0 +1,216 @@
+"""The two stages of CDE on top of a backbone (arXiv 2410.02525).
+
+Source: jxmorris12/cde, cde/model.py; the Hub's own model.py for the `hub` semantics. Parameter names are the
+checkpoint's. Dataset embeddings are the raw output of the first stage, never normalised.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
+from app.models.attention import Entered
+from app.models.base import DeviceContext, InvalidContext
+from app.models.kernels import Kernels
+from app.models.layout import Layout, packed
+from app.models.transformer import Transformer, interleaved
+
+MAX_ROWS = {"cpu": 1100, "cuda": 16_384}
+"""Rows of one forward: enough to fill the matrix products, and on a CPU no more, so that they stay in its caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Semantics:
+    """Where code around the same weights differs: what they were trained with, or what the Hub's remote code does."""
+
+    unrotated_context: bool = False
+    """v1 training: no rotary embedding on the context rows."""
+    context_token_type: bool = False
+    """v1 hub: token type 0 is added to every row of the second stage, once more to the text's."""
+    output_residual: bool = False
+    """v2 training: output_projection(pooled) + pooled."""
+    mask_instruction: bool = False
+    """v2 training: tokens up to the prompt's colon are left out of the mean."""
+
+
+class FirstStage(nn.Module):
+    """mean over all tokens -> Linear -> GELU (exact) -> Linear."""
+
+    def __init__(self, embedder: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+
+class SecondStage(nn.Module):
+    """Heads around the second backbone: soft prompt tokens behind the context rows, and the output projection."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, soft_tokens: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompt_projection = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, soft_tokens * hidden_size)
+        )
+        self.output_projection = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def soft_prompt(self) -> Tensor:
+        """(soft_tokens, D): the projection of ones, the same for every text."""
+        projection = self.prompt_projection.float()
+        weight = next(projection.parameters())
+        return projection(torch.ones_like(weight[0])).view(-1, weight.shape[1])
+
+
+class CdeWeights(nn.Module):
+    """The checkpoint as modules; without the first stage its contexts can only be imported."""
+
+    def __init__(self, first_stage: FirstStage | None, second_stage: SecondStage) -> None:
+        super().__init__()
+        if first_stage is not None:
+            self.first_stage_model = first_stage
+        self.second_stage_model = second_stage
+
+
+class ContextualModel:
+    """A loaded CDE model: the two stages as the engine runs them. Implements models.base.TwoStageModel.
+
+    Nothing changes after __init__: several threads may run stages at once.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: CdeWeights,
+        semantics: Semantics,
+        instruction_end_id: int | None,
+        kernels: Kernels,
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """`weights` as loaded; their backbones are packed here. `instruction_end_id`: the id of ":", where the prompt
+        ends; needed for `mask_instruction` alone. `frozen`: context rows do not see the text, so that their keys and
+        values are computed once a context. That is an approximation: the weights were fitted to rows that do."""
+        self.spec = spec
+        self.kernels = kernels
+        self._weights = weights.eval().requires_grad_(requires_grad=False)
+        self._semantics = semantics
+        self._frozen = frozen
+        self._instruction_end_id = instruction_end_id
+        self._device = torch.device(spec.device)
+        self._max_rows = MAX_ROWS[self._device.type]
+        second = weights.second_stage_model
+        self._backbone: Transformer = second.backbone  # type: ignore[assignment]
+        with torch.inference_mode():
+            self._soft_prompt = second.soft_prompt()
+            del second.prompt_projection  # constant from here on
+            detach_from_file(weights)
+            self._backbone.prepare(kernels)
+            if spec.has_first_stage:
+                weights.first_stage_model.embedder.prepare(kernels)  # type: ignore[operator]
+
+    def corpus_arrays(self, documents: Sequence[TokenizedText]) -> Arrays:  # noqa: ARG002 - the protocol's
+        return {}
+
+    def context_shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        return {DATASET_EMBEDDINGS: (rows, self.spec.hidden_size)}
+
+    def load_context(self, arrays: Arrays) -> DeviceContext:
+        """The context rows as they enter the first layer, which no text can change (`Entered` without its class); all
+        layers' keys and values where they are frozen.
+
+        More rows than corpus_size: the first ones, in order, as in the reference. Fewer: InvalidContext.
+        """
+        if DATASET_EMBEDDINGS not in arrays:
+            return {}
+        given = arrays[DATASET_EMBEDDINGS][: self.spec.corpus_size]
+        if given.shape != (self.spec.corpus_size, self.spec.hidden_size):
+            wanted = (self.spec.corpus_size, self.spec.hidden_size)
+            raise InvalidContext(f"{DATASET_EMBEDDINGS} has shape {given.shape}; {self.spec.id} takes {wanted}")
+        dataset = torch.from_numpy(np.ascontiguousarray(given)).to(self._device)
+        with torch.inference_mode():
+            rows = self._typed(torch.cat((dataset, self._soft_prompt)))
+            if self._frozen:
+                return self._backbone.frozen(rows, self._rotary_start)
+            entered = self._backbone.enter(rows, Layout.of([len(rows)], self._device), self._rotary_start)
+        return entered._asdict()
+
+    def first_stage(self, documents: Sequence[TokenizedText], corpora: Sequence[DeviceContext]) -> Tensor:  # noqa: ARG002
+        stage = self._weights.first_stage_model
+        backbone: Transformer = stage.embedder  # type: ignore[assignment]
+        out = torch.empty(len(documents), self.spec.hidden_size, device=self._device)
+        for chunk in packed([len(d.input_ids) for d in documents], 0, self._max_rows):
+            some = [documents[i] for i in chunk]
+            layout = Layout.of([len(d.input_ids) for d in some], self._device)
+            entered = backbone.enter(backbone.token_rows(self._input_ids(some)), layout)
+            hidden = backbone(entered, layout)
+            out[chunk] = stage.mlp(self._means(hidden, some, [0] * len(some)))
+        return out
+
+    def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
+        prefix = self.spec.corpus_size + len(self._soft_prompt)
+        out = torch.empty(len(texts), self.spec.hidden_size, device=self._device)
+        for chunk in packed([len(t.input_ids) for t in texts], prefix, self._max_rows):
+            some = [texts[i] for i in chunk]
+            layout = Layout.of([len(t.input_ids) for t in some], self._device, prefix)
+            hidden = self._hidden([contexts[i] for i in chunk], some, layout)
+            pooled = self._means(hidden, some, [self._instruction_end(t.input_ids) for t in some])
+            projected = self._weights.second_stage_model.output_projection(pooled)
+            out[chunk] = projected + pooled if self._semantics.output_residual else projected
+        return out
+
+    @property
+    def _rotary_start(self) -> int:
+        return self.spec.corpus_size if self._semantics.unrotated_context else 0
+
+    def _typed(self, rows: Tensor) -> Tensor:
+        """v1, hub: the token type on every row that enters the second stage."""
+        if not self._semantics.context_token_type:
+            return rows
+        return rows + self._backbone.token_type
+
+    def _input_ids(self, texts: Sequence[TokenizedText]) -> Tensor:
+        """(T,), one text behind the other."""
+        return torch.tensor([i for text in texts for i in text.input_ids]).to(self._device)
+
+    def _hidden(self, contexts: Sequence[DeviceContext], texts: Sequence[TokenizedText], layout: Layout) -> Tensor:
+        """Last hidden states of the texts' rows, each text's behind its context's."""
+        rows = self._typed(self._backbone.text_rows(self._input_ids(texts)))
+        if self._frozen:
+            return self._backbone.behind(rows, layout, contexts, self._rotary_start)
+        entered = self._backbone.enter(rows, layout.of_wanted(), self._rotary_start)._asdict()
+        lengths = [len(text.input_ids) for text in texts]
+        whole = {
+            name: interleaved([context[name] for context in contexts], torch.split(tensor, lengths))
+            for name, tensor in entered.items()
+        }
+        return self._backbone(Entered(**whole), layout, self._rotary_start)
+
+    def _instruction_end(self, input_ids: Sequence[int]) -> int:
+        """How many tokens in front are left out of the mean: all up to the first ":" behind position 0, or none
+        (cde/model.py:455-476)."""
+        if not self._semantics.mask_instruction or self._instruction_end_id not in input_ids[1:]:
+            return 0
+        return input_ids.index(self._instruction_end_id, 1) + 1
+
+    def _means(self, hidden: Tensor, texts: Sequence[TokenizedText], skipped: Sequence[int]) -> Tensor:
+        """Mean of each text's rows of hidden (T, D), less the first `skipped`: (B, D) float32; of none: zero."""
+        weights = torch.zeros(len(texts), len(hidden))
+        start = 0
+        for i, (text, skip) in enumerate(zip(texts, skipped, strict=True)):
+            stop = start + len(text.input_ids)
+            weights[i, start + skip : stop] = 1.0 / max(1, stop - start - skip)
+            start = stop
+        return weights.to(self._device) @ hidden
+
+
+def detach_from_file(weights: nn.Module) -> None:
+    """Copies what is small: norms and heads, as float32. Each layer's matrices then are all that keeps its part of
+    the file mapped; embedding tables stay there, and of them only the pages that are read are ever in memory."""
+    for module in weights.modules():
+        if isinstance(module, nn.LayerNorm | nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.float32, copy=True)

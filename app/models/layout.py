@@ -1,0 +1,66 @@
+"""Sequences of any lengths packed one behind the other: rows (T, D), and where each sequence lies. No padding.
+
+Linears and norms see the rows alone; attention goes segment by segment.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`count` sequences of equal `length` from row `start` on. Of each, the last `wanted` rows are wanted; these are
+    rows `wanted_start` and on of what the last layer computes."""
+
+    start: int
+    count: int
+    length: int
+    wanted: int
+    wanted_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """positions (T,): each row's place in its sequence, below `longest`. wanted_rows: None where all are."""
+
+    segments: tuple[Segment, ...]
+    positions: Tensor
+    wanted_rows: Tensor | None
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device, prefix: int = 0) -> "Layout":
+        """Sequences of `prefix` rows nobody asks for, and `lengths[i]` wanted ones behind them."""
+        segments: list[Segment] = []
+        start = wanted_start = 0
+        for own, equal in groupby(lengths):
+            segment = Segment(start, len(list(equal)), prefix + own, own, wanted_start)
+            segments.append(segment)
+            start += segment.count * segment.length
+            wanted_start += segment.count * own
+        positions = torch.cat([torch.arange(s.length).repeat(s.count) for s in segments])
+        wanted = (positions >= prefix).nonzero().flatten().to(device) if prefix else None
+        longest = max(segment.length for segment in segments)
+        return cls(tuple(segments), positions.to(device), wanted, longest)
+
+    def of_wanted(self) -> "Layout":
+        """Positions of the wanted rows alone, for what looks at rows one by one."""
+        return Layout((), self.positions[self.wanted_rows], None, self.longest)
+
+
+def packed(lengths: Sequence[int], prefix: int, max_rows: int) -> Iterator[list[int]]:
+    """Indices of sequences for one forward each: similar lengths together, up to `max_rows` rows, or one sequence."""
+    chunk: list[int] = []
+    rows = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if chunk and rows + prefix + lengths[index] > max_rows:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(index)
+        rows += prefix + lengths[index]
+    if chunk:
+        yield chunk

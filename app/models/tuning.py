@@ -1,0 +1,77 @@
+"""Which kernels are fastest on this machine: measured once a process, in well under a second, never guessed from names.
+
+One product and one attention of the models' own shapes; the least CPU time of a few runs. Candidates interleave, so
+that whatever else the machine does meets all of them.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from itertools import product
+from typing import TypeVar
+
+import torch
+
+from app.models.attention import attend
+from app.models.kernels import AttentionKernel, Dense, Kernels, LinearKernel, Precision, has_onednn
+
+K = TypeVar("K", bound=Hashable)
+ROWS, WIDTH, INNER, HEADS = 528, 768, 3072, 12  # a context with a short text, in either model
+REPEATS = 3
+HOPELESS = 1.5
+"""So much slower in its first run: no further ones."""
+SLOWER = 0.9
+"""bfloat16 weights take twice the room when computed in float32, so that must be faster by this much."""
+
+
+@lru_cache(maxsize=8)
+def fastest(precision: Precision, device: torch.device) -> Kernels:
+    """The kernels for `precision` on `device`; plain ones everywhere but on CPUs."""
+    if device.type != "cpu":
+        return Kernels(precision, compute=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    linear = _fastest_linear(precision)
+    return _fastest_attention(linear)
+
+
+def _fastest_linear(precision: Precision) -> Kernels:
+    computes = (torch.bfloat16, torch.float32) if precision == "bfloat16" else (torch.float32,)
+    linears: tuple[LinearKernel, ...] = ("torch", "onednn") if has_onednn(precision) else ("torch",)
+    candidates = [Kernels(precision, linear, compute=c) for c, linear in product(computes, linears)]
+    x, weight = torch.rand(ROWS, WIDTH), torch.rand(INNER, WIDTH)
+    runs: dict[Kernels, Callable[[], object]] = {}
+    for kernels in candidates:
+        dense = Dense.of(weight, kernels)
+        rows = dense.operand(x)
+        runs[kernels] = lambda dense=dense, rows=rows: dense(rows)  # type: ignore[misc]
+    seconds = least_seconds(runs)
+    handicap = {k: SLOWER if k.compute is torch.bfloat16 else 1.0 for k in candidates}
+    return min(candidates, key=lambda k: seconds[k] * handicap[k])
+
+
+def _fastest_attention(linear: Kernels) -> Kernels:
+    attentions: tuple[AttentionKernel, ...] = ("sdpa", "bmm", "linear") if has_onednn("float32") else ("sdpa", "bmm")
+    candidates = [Kernels(linear.precision, linear.linear, attention, linear.compute) for attention in attentions]
+    qkv = torch.rand(3, 1, ROWS, HEADS, WIDTH // HEADS).to(linear.compute)
+    q, k, v = qkv.transpose(2, 3)  # (B, H, S, d), in the memory order of a projection
+    runs: dict[Kernels, Callable[[], object]] = {c: lambda c=c: attend(c, q, k, v, None) for c in candidates}  # type: ignore[misc]
+    seconds = least_seconds(runs)
+    return min(candidates, key=lambda c: seconds[c])
+
+
+@torch.inference_mode()
+def least_seconds(runs: dict[K, Callable[[], object]]) -> dict[K, float]:
+    """CPU seconds of this thread for the best of a few calls of each, after one to warm up."""
+    for run in runs.values():
+        run()
+    least = {name: _seconds(run) for name, run in runs.items()}
+    hopeful = [name for name in runs if least[name] < HOPELESS * min(least.values())]
+    for _ in range(REPEATS):
+        for name in hopeful:
+            least[name] = min(least[name], _seconds(runs[name]))
+    return least
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
