@@ -1,0 +1,107 @@
+"""The served models, and what a model name asks for: `MODEL[@CONTEXT[.VERSION]][:INPUT_TYPE]`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.domain import ContextRef, InputType, ModelSpec
+from app.errors import ConfigError, InvalidRequest, ModelNotFound
+from app.models.base import TwoStageModel
+from app.tokenization import TextTokenizer
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_ID = re.compile(r"ctx_[0-9a-f]{32}")
+_VERSIONED = re.compile(rf"({NAME.pattern})\.([1-9][0-9]{{0,8}})")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded model under the names clients use for it. `names[0]` is its id."""
+
+    names: tuple[str, ...]
+    model: TwoStageModel
+    tokenizer: TextTokenizer
+    matryoshka: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.names[0]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """A model name taken apart."""
+
+    served: ServedModel
+    context: str | None = None
+    input_type: InputType | None = None
+
+
+class Registry:
+    """All served models; the first is the default."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        """Raises ConfigError where two models have a name in common."""
+        self.models = tuple(models)
+        names = [name for served in self.models for name in served.names]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"Several models are called {', '.join(twice)}: set served_name or aliases of one of them"
+            )
+        self._by_name = {name: served for served in self.models for name in served.names}
+
+    @property
+    def default(self) -> ServedModel:
+        return self.models[0]
+
+    def get(self, name: str) -> ServedModel:
+        """Raises ModelNotFound."""
+        served = self._by_name.get(name)
+        if served is None:
+            known = ", ".join(model.id for model in self.models)
+            raise ModelNotFound(f"The model '{name[:200]}' does not exist here. Served: {known}.", param="model")
+        return served
+
+    def choose(self, name: str) -> ModelChoice:
+        """Takes `MODEL[@CONTEXT[.VERSION]][:INPUT_TYPE]` apart. Raises ModelNotFound."""
+        if name in self._by_name:
+            return ModelChoice(self._by_name[name])
+        base, input_type = name, None
+        head, colon, tail = name.rpartition(":")
+        if colon and tail in tuple(InputType):
+            base, input_type = head, InputType(tail)
+        model, at, context = base.rpartition("@")
+        served = self.get(model if at else base)
+        return ModelChoice(served, context if at else None, input_type)
+
+
+def parse_ref(text: str, *, param: str | None = "context") -> ContextRef:
+    """An id, a name or name.version. Raises InvalidRequest."""
+    if _ID.fullmatch(text):
+        return ContextRef(text, id=text)
+    if NAME.fullmatch(text):
+        return ContextRef(text, name=text)
+    versioned = _VERSIONED.fullmatch(text)
+    if versioned:
+        return ContextRef(text, name=versioned[1], version=int(versioned[2]))
+    raise InvalidRequest(
+        "A context is named by its id (ctx_…), its name (a-z, 0-9, '_' and '-', at most 63, beginning with a letter "
+        "or digit) or name.version.",
+        param=param,
+    )
+
+
+def check_name(name: str) -> str:
+    """A name a new context may have. Raises InvalidRequest."""
+    if not NAME.fullmatch(name) or name.startswith("ctx_"):
+        raise InvalidRequest(
+            "Invalid 'name': a context's name is made of a-z, 0-9, '_' and '-', at most 63 of them, and begins with a "
+            "letter or digit, and not with ctx_.",
+            param="name",
+        )
+    return name
