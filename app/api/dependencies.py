@@ -1,0 +1,63 @@
+"""What the routes take from the app: the services, typed, and whether requests can be answered at all."""
+
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Query, Request
+
+from app.contexts import ContextService
+from app.registry import Registry, ServedModel
+from app.service import EmbeddingService
+from app.settings import Settings
+
+
+class Lifecycle(Protocol):
+    """Where the process is in its life; see main.py."""
+
+    def check_admitted(self) -> None: ...
+
+    async def check_ready(self) -> None: ...
+
+
+def lifecycle(request: Request) -> Lifecycle:
+    found: Lifecycle = request.app.state.server
+    return found
+
+
+async def admitted(request: Request) -> None:
+    """Raises NotReady or ShuttingDown."""
+    lifecycle(request).check_admitted()
+
+
+def _settings(request: Request) -> Settings:
+    found: Settings = request.app.state.settings
+    return found
+
+
+def _registry(request: Request) -> Registry:
+    found: Registry = request.app.state.registry
+    return found
+
+
+def _contexts(request: Request) -> ContextService:
+    found: ContextService = request.app.state.contexts
+    return found
+
+
+def _service(request: Request) -> EmbeddingService:
+    found: EmbeddingService = request.app.state.service
+    return found
+
+
+SettingsOf = Annotated[Settings, Depends(_settings)]
+RegistryOf = Annotated[Registry, Depends(_registry)]
+Contexts = Annotated[ContextService, Depends(_contexts)]
+Embedder = Annotated[EmbeddingService, Depends(_service)]
+
+ModelQuery = Annotated[str | None, Query(description="Whose context; absent: the default model's")]
+
+
+def _of_query(registry: RegistryOf, model: ModelQuery = None) -> ServedModel:
+    return registry.get(model) if model else registry.default
+
+
+ModelOf = Annotated[ServedModel, Depends(_of_query)]

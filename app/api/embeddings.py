@@ -1,0 +1,86 @@
+"""POST /v1/embeddings: parse -> embed -> render."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Response
+
+from app.api.auth import CanEmbed
+from app.api.body import json_body
+from app.api.dependencies import Embedder, SettingsOf, admitted
+from app.api.openapi import takes
+from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, split_input
+from app.domain import Embeddings
+from app.errors import InvalidRequest
+from app.service import EmbedRequest
+
+router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
+
+SMALL = 32
+"""Answers up to this many vectors are rendered on the event loop; larger ones in a thread."""
+
+FALLBACK_WARNING = (
+    '299 cde-server "No context was named, so the default one answered. A context made from your own documents '
+    'retrieves better: POST /v1/contexts, then send its name."'
+)
+
+
+@router.post("/v1/embeddings", openapi_extra=takes(EmbeddingsRequest))
+async def create_embeddings(
+    _key: CanEmbed,
+    settings: SettingsOf,
+    service: Embedder,
+    body: Annotated[EmbeddingsRequest, Depends(json_body(EmbeddingsRequest))],
+    *,
+    x_context: Annotated[str | None, Header()] = None,
+    x_input_type: Annotated[str | None, Header()] = None,
+    x_expect_fingerprint: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Embeds texts under a context. OpenAI's API; `context`, `input_type`, `truncate` and `normalize` are ours."""
+    texts, token_ids = split_input(body.input)
+    _check_count(texts if texts is not None else token_ids or [], settings.limits.max_inputs)
+    named = {"context": body.context if isinstance(body.context, str) else None, "X-Context": x_context}
+    types = {"input_type": body.input_type, "X-Input-Type": x_input_type}
+    embeddings = await service.embed(
+        EmbedRequest(
+            model=body.model,
+            texts=texts,
+            token_ids=token_ids,
+            inline_documents=body.context.documents if isinstance(body.context, InlineContext) else None,
+            contexts={source: value for source, value in named.items() if value is not None},
+            input_types={source: value for source, value in types.items() if value is not None},
+            truncate=body.truncate,
+            dimensions=body.dimensions,
+            normalize=body.normalize,
+            expect_fingerprint=x_expect_fingerprint,
+        )
+    )
+    if len(embeddings.vectors) <= SMALL:
+        content = embeddings_body(embeddings, body.encoding_format)
+    else:
+        content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
+    return Response(content, media_type="application/json", headers=_headers(embeddings))
+
+
+def _check_count(inputs: Sequence[object], limit: int) -> None:
+    if len(inputs) > limit:
+        raise InvalidRequest(
+            f"Invalid 'input': {len(inputs)} items, at most {limit} fit in one request. Send fewer texts at a time.",
+            param="input",
+        )
+
+
+def _headers(embeddings: Embeddings) -> dict[str, str]:
+    headers = {
+        "x-context-id": embeddings.context_id,
+        "x-embedding-fingerprint": embeddings.fingerprint,
+        "x-compute-tokens": str(embeddings.compute_tokens),
+    }
+    if embeddings.context_name is not None:
+        headers["x-context-name"] = embeddings.context_name
+    if embeddings.truncated_inputs:
+        headers["x-truncated-inputs"] = ",".join(map(str, embeddings.truncated_inputs))
+    if embeddings.fell_back:
+        headers["Warning"] = FALLBACK_WARNING
+    return headers

@@ -1,0 +1,222 @@
+"""Wire bodies, with OpenAI's names, and how vectors are written: float lists, or base64 of little-endian float32."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+
+from app.domain import ContextInfo, Embeddings, FloatArray, ModelSpec
+
+SAFETENSORS, NPY = "application/vnd.safetensors", "application/x-npy"
+MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
+
+
+class ORJSONResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+def _checked_input(value: Any) -> Any:
+    """A string, [string], [int] or [[int]]; the message never repeats what was sent."""
+    if isinstance(value, str):
+        if not value:
+            raise PydanticCustomError("input", "an empty string cannot be embedded")
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("input", "a string, a list of strings, or lists of token ids are expected")
+    if not value:
+        raise PydanticCustomError("input", "the list is empty; at least one text is needed")
+    if all(type(item) is str for item in value):
+        if "" in value:
+            reason = f"item {value.index('')} is an empty string, which cannot be embedded"
+            raise PydanticCustomError("input", "{reason}", {"reason": reason})
+        return value
+    if all(type(item) is int for item in value):
+        return value
+    if all(type(item) is list and item and all(type(t) is int for t in item) for item in value):
+        return value
+    raise PydanticCustomError(
+        "input", "the items must all be strings, all token ids, or all non-empty lists of token ids"
+    )
+
+
+Input = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    BeforeValidator(_checked_input),
+    WithJsonSchema(
+        {
+            "oneOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 2048},
+                {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2048},
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                    "minItems": 1,
+                    "maxItems": 2048,
+                },
+            ]
+        }
+    ),
+]
+InputTypeName = Literal["query", "document", "none"]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]],
+    Field(max_length=MAX_METADATA),
+]
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, raw: Any) -> Any:
+        return {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+
+
+class InlineContext(WireModel):
+    documents: list[str] = Field(min_length=1, description="Documents for this request alone; cached by content")
+
+
+class EmbeddingsRequest(WireModel):
+    input: Input = Field(description="Text or texts; integers are token ids (setting `token_ids`)")
+    model: str = Field(description="MODEL[@CONTEXT[.VERSION]][:INPUT_TYPE]")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+    context: str | InlineContext | None = Field(None, description="name, name.version, id, or documents")
+    input_type: InputTypeName | None = None
+    truncate: Literal["none", "end"] | None = None
+    normalize: bool = True
+
+
+class TokenizeRequest(WireModel):
+    input: str | list[str]
+    model: str | None = None
+    input_type: InputTypeName | None = None
+
+
+class SelectionRequest(WireModel):
+    method: Literal["random", "first"] = "random"
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+
+
+class ContextRequest(WireModel):
+    name: str
+    documents: list[str] = Field(min_length=1)
+    model: str | None = None
+    selection: SelectionRequest = SelectionRequest()
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class RollbackRequest(WireModel):
+    version: int = Field(ge=1)
+    model: str | None = None
+
+
+class ErrorDetail(WireModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(WireModel):
+    """OpenAI's error shape, on every path."""
+
+    error: ErrorDetail
+
+
+def split_input(
+    given: str | list[str] | list[int] | list[list[int]],
+) -> tuple[list[str] | None, list[list[int]] | None]:
+    """Texts, or lists of token ids; the other one is None."""
+    if isinstance(given, str):
+        return [given], None
+    texts = [item for item in given if isinstance(item, str)]
+    if texts:
+        return texts, None
+    many = [item for item in given if isinstance(item, list)]
+    return None, many or [[item for item in given if isinstance(item, int)]]
+
+
+def embeddings_body(embeddings: Embeddings, encoding_format: str) -> bytes:
+    """OpenAI's answer, rendered from one contiguous float32 array.
+
+    Row by row: orjson keeps the interpreter lock, and one call for thousands of rows would stop the event loop.
+    """
+    vectors = np.ascontiguousarray(embeddings.vectors, dtype="<f4")
+    rows = (
+        orjson.dumps(
+            {"object": "embedding", "index": i, "embedding": _encoded(row, encoding_format)},
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+        for i, row in enumerate(vectors)
+    )
+    usage = {"prompt_tokens": embeddings.prompt_tokens, "total_tokens": embeddings.prompt_tokens}
+    rest = orjson.dumps({"model": embeddings.model, "usage": usage})
+    return b'{"object":"list","data":[' + b",".join(rows) + b"]," + rest[1:]
+
+
+def _encoded(row: FloatArray, encoding_format: str) -> FloatArray | str:
+    return base64.b64encode(row.tobytes()).decode() if encoding_format == "base64" else row
+
+
+def context_body(info: ContextInfo) -> dict[str, Any]:
+    documents, selection = info.documents, info.selection
+    return {
+        "object": "context",
+        "id": info.id,
+        "name": info.name,
+        "version": info.version,
+        "model": info.model,
+        "status": info.status.value,
+        "error": info.error,
+        "selection": {"method": selection.method, "seed": selection.seed},
+        "documents": {
+            "received": documents.received,
+            "chosen": documents.chosen,
+            "duplicates": documents.duplicates,
+            "truncated": documents.truncated,
+            "repeated": documents.repeated,
+        },
+        "corpus_size": info.corpus_size,
+        "dimensions": info.dimensions,
+        "usage_bytes": info.usage_bytes,
+        "metadata": dict(info.metadata),
+        "created_at": int(info.created_at.timestamp()),
+        "progress": {"done": documents.chosen, "total": documents.chosen},
+    }
+
+
+def list_body(data: Sequence[Mapping[str, Any]], *, has_more: bool = False) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": list(data),
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
+def model_body(spec: ModelSpec, name: str, created: int, *, parent: str | None = None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "cde-server" if spec.is_cde else "cde-server (not a CDE model)",
+        "root": spec.id,
+        "parent": parent,
+        "max_input_tokens": spec.max_length,
+        "dimensions": spec.hidden_size,
+        "corpus_size": spec.corpus_size,
+        "approximate": spec.approximate,
+    }
