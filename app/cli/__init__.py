@@ -1,0 +1,5 @@
+"""`cde-server`: one file a command group."""
+
+from app.cli.main import main
+
+__all__ = ["main"]

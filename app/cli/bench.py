@@ -1,0 +1,119 @@
+"""`cde-server bench`: the forward against a plain one, and load on a running server."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import orjson
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.bench.compute import VARIANTS, Comparison, Row
+from app.bench.http import Load, Outcome, closed_loop, open_loop
+from app.bench.models import random_checkpoint, read_checkpoint
+from app.cli.options import RevisionOption, messages
+
+bench = typer.Typer(help="Speed, measured: of the forward, or with `http` of a running server.")
+
+
+@bench.callback(invoke_without_command=True)
+def compute(
+    context: typer.Context,
+    *,
+    random: Annotated[Literal["v1", "v2"] | None, typer.Option(help="A model of true size with random weights")] = None,
+    model: Annotated[str | None, typer.Option(help="A checkpoint instead: Hub id or folder")] = None,
+    revision: RevisionOption = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a text")] = "8,32,128,512",
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}")] = "reference,float32,bfloat16",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Also a stream of mixed lengths")] = False,
+    first_stage: Annotated[bool, typer.Option("--first-stage", help="Also the first stage")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each forward")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each variant; the median counts")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+) -> None:
+    """Compare variants of the forward in one process: CPU time, medians, ratios to the reference."""
+    if context.invoked_subcommand is not None:
+        return
+    if (random is None) == (model is None):
+        raise typer.BadParameter("give one of --random and --model")
+    wanted = variants.split(",")
+    if not set(wanted) <= set(VARIANTS):
+        raise typer.BadParameter(f"variants are {', '.join(VARIANTS)}")
+    torch.set_num_threads(threads)
+    checkpoint = random_checkpoint(random) if random else read_checkpoint(str(model), revision)
+    comparison = Comparison(checkpoint, wanted, rounds=rounds)
+    rows: list[Row] = []
+    for n in map(int, lengths.split(",")):
+        messages.print(f"measuring texts of {n} tokens")
+        rows += comparison.second_stage(n)
+    rows += comparison.mixed() if mixed else []
+    rows += comparison.first_stage() if first_stage else []
+    if as_json:
+        typer.echo(orjson.dumps({"machine": comparison.machine, "rows": [asdict(row) for row in rows]}).decode())
+    else:
+        console = Console()
+        console.print(comparison.machine)
+        console.print(_table(rows))
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table("model", "n", "variant", "CPU ms/text", "ratio", "max |d|", "1 - cos", "of the bound")
+    for row in rows:
+        table.add_row(
+            row.model,
+            str(row.n),
+            row.variant,
+            f"{row.cpu_ms_per_text:.1f}",
+            _shown(row.ratio, ".2f"),
+            _shown(row.max_abs_diff, ".1e"),
+            _shown(row.one_minus_cos, ".1e"),
+            _shown(row.bound_fraction, ".0%"),
+        )
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+@bench.command()
+def http(
+    *,
+    url: Annotated[str, typer.Option(envvar="CDE_URL", help="The server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="CDE_API_KEY")] = None,
+    model: Annotated[str, typer.Option(help="MODEL[@CONTEXT][:INPUT_TYPE]")] = "minilm-context",
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long")] = 20.0,
+    clients: Annotated[int, typer.Option(min=1, help="Closed loop: how many ask at once")] = 8,
+    rate: Annotated[float | None, typer.Option(help="Open loop instead: requests a second")] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of a request")] = 1,
+    words: Annotated[int, typer.Option(min=1, help="Words of a text, about")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Load on a running server: texts a second and latencies."""
+    load = Load(url, model, api_key, texts, words)
+    run = (
+        closed_loop(load, clients=clients, seconds=seconds)
+        if rate is None
+        else open_loop(load, rate=rate, seconds=seconds)
+    )
+    report = _report(asyncio.run(run))
+    if as_json:
+        typer.echo(orjson.dumps(report).decode())
+    else:
+        table = Table("", "")
+        for name, value in report.items():
+            table.add_row(name, str(value))
+        Console().print(table)
+
+
+def _report(outcome: Outcome) -> dict[str, float | dict[str, int]]:
+    return {
+        "answered": len(outcome.latencies),
+        "refused": {str(status): number for status, number in outcome.refused.items()},
+        "texts_per_second": round(outcome.texts_per_second, 2),
+        "p50_ms": round(outcome.percentile(50), 1),
+        "p95_ms": round(outcome.percentile(95), 1),
+        "p99_ms": round(outcome.percentile(99), 1),
+    }

@@ -1,0 +1,105 @@
+"""`cde-server embed`: a file of texts to a file of vectors, offline."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    SemanticsOption,
+    messages,
+    progress,
+)
+from app.corpora import TEXT_SUFFIXES, read_records
+from app.domain import Arrays, InputType, Payload, Selection
+from app.embedding_files import PartialVectors, describe
+from app.errors import ConfigError
+from app.models.base import InvalidContext
+from app.models.loading import LoadOptions
+from app.offline import Offline
+from app.payloads import from_npy, from_safetensors
+from app.registry import parse_ref
+from app.settings import load_settings
+from app.stores.sql import SqlContextStore
+from app.vectors import normalized
+
+
+class Truncate(StrEnum):
+    NONE = "none"
+    END = "end"
+
+
+def embed(
+    *,
+    model: ModelOption,
+    input_: Annotated[Path, typer.Option("--input", help="Texts: .txt, .jsonl or .parquet")],
+    output: Annotated[Path, typer.Option(help="Vectors: .npy, .safetensors, .jsonl or .parquet")],
+    input_type: Annotated[InputType, typer.Option(help="Which prompt stands before a text")],
+    context: Annotated[
+        str | None, typer.Option(help="Documents, or dataset embeddings (.safetensors, .npy), or a stored context")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which documents make the context, where there are more than it takes")] = 0,
+    normalize: Annotated[bool, typer.Option(help="Vectors of unit length")] = True,
+    truncate: Annotated[Truncate, typer.Option(help="Texts over the max length: an error, or cut")] = Truncate.NONE,
+    revision: RevisionOption = None,
+    semantics: SemanticsOption = "training",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+) -> None:
+    """Embed a file of texts. A run that was cut short goes on where it stopped."""
+    total, digest = describe(input_)
+    options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
+    with Offline(model, options) as offline, progress() as bar:
+        payload = context_payload(offline, context, seed, config)
+        fingerprint = offline.spec.fingerprint(payload.key, offline.spec.hidden_size, normalized=normalize)
+        made_of = f"{fingerprint} {input_type} {digest}"
+        partial = PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of)
+        if partial.done:
+            messages.print(f"going on behind the first {partial.done} texts")
+        task = bar.add_task("embedding", total=total, completed=partial.done)
+        texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partial.done)
+        raw = offline.embed(texts, payload, input_type, truncate=truncate is Truncate.END)
+        chunks = (normalized(chunk) if normalize else chunk for chunk in raw)
+        partial.extend(chunks, lambda n: bar.advance(task, n))
+        partial.finish(read_records(input_))
+    messages.print(f"{total} vectors in {output}, context {payload.key}, fingerprint {fingerprint}")
+
+
+def context_payload(offline: Offline, given: str | None, seed: int, config: Path | None) -> Payload:
+    """Documents, dataset embeddings or a stored context as the command line names them. Raises ConfigError."""
+    if given is None:
+        messages.print("no --context: the default one is used; one of your own documents retrieves better")
+        return offline.default_context()
+    path = Path(given)
+    if path.suffix.lower() in TEXT_SUFFIXES:
+        return offline.context_of((record.text for record in read_records(path)), Selection(seed=seed))
+    if path.suffix.lower() in (".safetensors", ".npy"):
+        parse = from_npy if path.suffix.lower() == ".npy" else from_safetensors
+        try:
+            return offline.context_from(parse(path.read_bytes()))
+        except (InvalidContext, ValueError) as error:
+            raise ConfigError(f"{path} is no context of {offline.spec.id}: {error}") from error
+    return Payload(*_stored(offline, given, config))
+
+
+def _stored(offline: Offline, name: str, config: Path | None) -> tuple[str, Arrays]:
+    """From the store of the server on this machine."""
+    settings = load_settings({}, config)
+    store = SqlContextStore(settings.database_url)
+    try:
+        info = store.get(offline.spec.id, parse_ref(name))
+        arrays = store.arrays(info.id) if info else None
+    finally:
+        store.close()
+    if info is None or arrays is None:
+        raise ConfigError(f"{name} is neither a file nor a context of {offline.spec.id} in {settings.database_url}")
+    if info.model_revision != offline.spec.revision:
+        raise ConfigError(f"The context {name} was made with other weights of {offline.spec.id}")
+    return info.id, arrays

@@ -1,0 +1,141 @@
+"""`cde-server eval`, `verify`, `agreement`: what a model is worth, whether it is right, what an approximation costs."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+from app.agreement import measure
+from app.cli.embed import context_payload
+from app.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RevisionOption,
+    SemanticsOption,
+    progress,
+)
+from app.corpora import BadCorpus, read_beir, read_records
+from app.domain import FloatArray, InputType
+from app.evaluation import Score
+from app.evaluation import evaluate as evaluate_collection
+from app.goldens import Difference, Goldens
+from app.models.loading import LoadOptions
+from app.offline import Offline
+
+
+class Variant(StrEnum):
+    TRAIN = "train"
+    HUB = "hub"
+    BOTH = "both"
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv")],
+    *,
+    model: ModelOption,
+    seeds: Annotated[int, typer.Option(min=1, help="Own contexts to try, each from other documents")] = 3,
+    foreign: Annotated[Path | None, typer.Option(help="Another folder, whose corpus makes the foreign context")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    revision: RevisionOption = None,
+    semantics: SemanticsOption = "training",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """nDCG@10 and Recall@100 without, with its own, and with a foreign context; exact search."""
+    collection = read_beir(folder)
+    others = [record.text for record in read_records(foreign / "corpus.jsonl")] if foreign else None
+    passes = 1 + seeds + (others is not None)
+    options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
+    with Offline(model, options) as offline, progress() as bar:
+        task = bar.add_task("embedding", total=passes * (len(collection.documents) + len(collection.queries)))
+        scores = evaluate_collection(
+            offline, collection, seeds=seeds, foreign=others, advance=lambda n: bar.advance(task, n)
+        )
+    if as_json:
+        rows = [{"context": s.context, "ndcg@10": s.ndcg, "recall@100": s.recall, "spread": s.spread} for s in scores]
+        typer.echo(orjson.dumps({"rows": rows}).decode())
+    else:
+        Console().print(_table(f"{model} on {folder.name}", scores, seeds))
+
+
+def _table(title: str, scores: list[Score], seeds: int) -> Table:
+    table = Table("context", "nDCG@10", "Recall@100", title=title)
+    for score in scores:
+        spread = f" ± {score.spread:.2f} ({seeds} seeds)" if score.context == "own" else ""
+        table.add_row(score.context, f"{score.ndcg:.2f}{spread}", f"{score.recall:.2f}")
+    return table
+
+
+def verify(
+    *,
+    goldens: Annotated[Path, typer.Option(help="Folder with cases.json, expected.safetensors and a checkpoint")],
+    output: Annotated[Path | None, typer.Option(help="Where the computed arrays go (.safetensors)")] = None,
+    variant: Annotated[Variant, typer.Option(help="Which semantics to run")] = Variant.BOTH,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Run golden cases through the serving code and compare with the reference's arrays; exit 1 beyond tolerance."""
+    if dtype == "int8":
+        raise typer.BadParameter("golden cases have tolerances for float32 and bfloat16", param_hint="--dtype")
+    cases = Goldens.read(goldens)
+    options = LoadOptions(dtype=dtype, device=device)
+    arrays: dict[str, FloatArray] = {}
+    differences: list[Difference] = []
+    for each in ("train", "hub") if variant is Variant.BOTH else (variant.value,):
+        for name, array in cases.run(each, options):
+            if name not in arrays:
+                arrays[name] = array
+                differences.append(cases.difference(name, array, options.resolved_dtype()))
+    if output is not None:
+        save_file(arrays, output)
+    worst = max(differences, key=lambda d: d.max_abs_diff / d.limit)
+    failed = [d for d in differences if not d.ok]
+    console = Console(highlight=False, soft_wrap=True)
+    for difference in failed:
+        console.print(f"FAIL {difference.name}: {difference.max_abs_diff:.2e}, limit {difference.limit:.2e}")
+    console.print(
+        f"{len(differences)} arrays, {len(failed)} beyond tolerance; worst {worst.name}: max difference "
+        f"{worst.max_abs_diff:.2e} (limit {worst.limit:.2e}), lowest cosine {min(d.min_cos for d in differences):.8f}"
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+def agreement(
+    *,
+    model: ModelOption,
+    context: Annotated[str, typer.Option(help="Documents, dataset embeddings, or a stored context")],
+    input_: Annotated[Path, typer.Option("--input", help="Texts: .txt, .jsonl or .parquet")],
+    input_type: Annotated[InputType, typer.Option(help="Which prompt stands before a text")] = InputType.DOCUMENT,
+    limit: Annotated[int, typer.Option(min=1, help="Texts to take, from the top")] = 500,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    revision: RevisionOption = None,
+    semantics: SemanticsOption = "training",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+) -> None:
+    """Exact against frozen context attention on your own texts: cosine, top-10 overlap, speed."""
+    options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
+    texts = [record.text for record in islice(read_records(input_), limit)]
+    if not texts:
+        raise BadCorpus(f"{input_} holds no text")
+    with Offline(model, options) as offline:
+        arrays = context_payload(offline, context, 0, config).arrays
+    found = asdict(measure(model, options, arrays, texts, input_type))
+    if as_json:
+        typer.echo(orjson.dumps(found).decode())
+        return
+    table = Table("", "", title=f"{model}: frozen (approximate) against exact context attention")
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), f"{value:.6g}")
+    Console().print(table)

@@ -1,0 +1,27 @@
+"""Options several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ModelOption = Annotated[str, typer.Option("--model", help="Hub id, folder, or builtin/minilm-context")]
+RevisionOption = Annotated[str | None, typer.Option(help="Commit, tag or branch on the Hub")]
+SemanticsOption = Annotated[
+    Literal["training", "hub"], typer.Option(help="What the weights were trained with, or the Hub's code")
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8"], typer.Option(help="auto: bfloat16 on CUDA, else float32")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
+
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A bar on stderr: what is piped from stdout stays clean."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=messages)

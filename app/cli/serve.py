@@ -1,0 +1,94 @@
+"""`cde-server serve` and `check-config`."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from rich.console import Console
+
+from app.main import create_app
+from app.settings import Settings, load_settings
+from app.telemetry import configure_logging
+
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
+KEEP_ALIVE_SECONDS = 75
+DRAIN_SECONDS = 35
+
+
+def serve(
+    *,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Hub id, folder, or builtin/minilm-context; once for each model")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the Hub")] = None,
+    semantics: Annotated[str | None, typer.Option(help="training or hub")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free port")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder for everything that is kept")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="TOML file of API keys")] = None,
+    allow_unauthenticated: Annotated[
+        bool | None, typer.Option("--allow-unauthenticated", help="Listen beyond loopback without keys")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Serve models over HTTP."""
+    options = _given(revision=revision, semantics=semantics, dtype=dtype, device=device)
+    if options and not model:
+        raise typer.BadParameter(f"--{next(iter(options))} is about --model: name it too, or use the settings file")
+    models = [{"name": name, **options} for name in model or []]
+    server = _given(
+        host=host,
+        port=port,
+        keys_file=keys_file,
+        allow_unauthenticated=allow_unauthenticated,
+        log_level=log_level,
+    )
+    overrides = _given(models=models or None, server=server or None, data_dir=data_dir)
+    run(load_settings(overrides, config))
+
+
+def check_config(config: ConfigOption = None) -> None:
+    """Read the settings as `serve` would, and print them."""
+    Console(soft_wrap=True).print_json(load_settings({}, config).model_dump_json())
+
+
+def run(settings: Settings) -> None:
+    """Serves until a signal comes. Raises what kept the start-up from finishing."""
+    configure_logging(settings.server.log_level)
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=failed)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.server.host,
+            port=settings.server.port,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+    # uvicorn drains on these signals, then raises them once more: a clean end is exit code 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    server.run()
+    if failures:
+        raise failures[0]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}

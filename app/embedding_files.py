@@ -1,0 +1,92 @@
+"""A file of texts -> a file of vectors, in order, resumable.
+
+Vectors are appended to OUTPUT.partial as raw float32 rows; OUTPUT.partial.json says what they are of. A run that was
+cut short goes on behind the last whole row when model, context, options and input are the same, and starts over else.
+The output itself appears at the end, at once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from app.corpora import BadCorpus, Record, read_records
+from app.domain import FloatArray
+
+OUTPUT_SUFFIXES = (".npy", ".safetensors", ".jsonl", ".parquet")
+ROWS = 8192
+
+
+class PartialVectors:
+    """The growing raw file beside an output."""
+
+    def __init__(self, output: Path, *, dimensions: int, made_of: str) -> None:
+        """`made_of`: everything that decides the vectors; a partial file of something else is thrown away."""
+        if output.suffix.lower() not in OUTPUT_SUFFIXES:
+            raise BadCorpus(f"{output}: unknown kind of output; known: {', '.join(OUTPUT_SUFFIXES)}")
+        self._output = output
+        self._dimensions = dimensions
+        self._raw = output.with_name(output.name + ".partial")
+        self._label = output.with_name(output.name + ".partial.json")
+        label = orjson.dumps({"made_of": made_of, "dimensions": dimensions})
+        if not (self._label.is_file() and self._raw.is_file() and self._label.read_bytes() == label):
+            self._raw.write_bytes(b"")
+            self._label.write_bytes(label)
+        self.done = self._raw.stat().st_size // (4 * dimensions)
+        with self._raw.open("r+b") as file:
+            file.truncate(self.done * 4 * dimensions)
+
+    def extend(self, chunks: Iterator[FloatArray], advance: Callable[[int], None]) -> None:
+        with self._raw.open("ab") as file:
+            for chunk in chunks:
+                file.write(np.ascontiguousarray(chunk, dtype="<f4").tobytes())
+                file.flush()
+                self.done += len(chunk)
+                advance(len(chunk))
+
+    def finish(self, records: Iterator[Record]) -> None:
+        """Writes the output from the raw rows and the ids of `records`, then removes the partial files."""
+        vectors: FloatArray = np.empty((0, self._dimensions), np.float32)
+        if self.done:
+            vectors = np.memmap(self._raw, dtype="<f4", mode="r", shape=(self.done, self._dimensions))
+        target = self._output.with_name(self._output.name + ".writing")
+        suffix = self._output.suffix.lower()
+        if suffix == ".npy":
+            with target.open("wb") as file:
+                np.save(file, vectors, allow_pickle=False)
+        elif suffix == ".safetensors":
+            save_file({"embeddings": np.ascontiguousarray(vectors)}, target)
+        elif suffix == ".jsonl":
+            with target.open("wb") as file:
+                for record, row in zip(records, vectors, strict=True):
+                    line = {"_id": record.id, "embedding": np.asarray(row)}
+                    file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+        else:
+            _write_parquet(target, records, vectors)
+        target.replace(self._output)
+        self._raw.unlink()
+        self._label.unlink()
+
+
+def _write_parquet(path: Path, records: Iterator[Record], vectors: FloatArray) -> None:
+    width = vectors.shape[1]
+    schema = pa.schema([("_id", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(vectors), ROWS):
+            block = np.asarray(vectors[start : start + ROWS])
+            ids = [record.id for record in islice(records, len(block))]
+            column = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), width)
+            writer.write_table(pa.table([pa.array(ids, pa.string()), column], schema=schema))
+
+
+def describe(path: Path) -> tuple[int, str]:
+    """How many texts a file holds, and a digest of it. Raises BadCorpus, OSError."""
+    count = sum(1 for _ in read_records(path))
+    with path.open("rb") as file:
+        return count, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,103 @@
+"""The same tokenizer, engine and model code as the server's, without the server: for the command line."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from types import TracebackType
+from typing import Self
+
+from app.building import ContextBuilder
+from app.contexts import neutral_documents
+from app.domain import Arrays, FloatArray, InputType, ModelSpec, Payload, Selection, Stage, TokenizedText
+from app.engine.engine import Engine
+from app.errors import ServiceError
+from app.models.base import check_arrays
+from app.models.loading import LoadOptions, load_model
+from app.payloads import id_of_arrays
+from app.registry import ServedModel
+from app.selection import Minicorpus, select
+from app.settings import Settings
+
+CHUNK = 256
+IN_FLIGHT = 3
+"""Chunks tokenized ahead of the device."""
+
+
+class Offline:
+    """One loaded model with its engine; a context manager."""
+
+    def __init__(self, name: str, options: LoadOptions | None = None) -> None:
+        """Raises CheckpointError."""
+        loaded = load_model(name, options)
+        self.served = ServedModel((loaded.model.spec.id,), loaded.model, loaded.tokenizer)
+        settings, device = Settings(), loaded.model.spec.device
+        self.engine = Engine(
+            {self.served.id: loaded.model},
+            batch_tokens=settings.engine.batch_tokens_on(device),
+            queue_tokens=settings.limits.queue_tokens,
+            cache_bytes=settings.contexts.cache_bytes,
+            workers=settings.engine.workers_on(device),
+        )
+        self.engine.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.engine.stop(timeout=0.0 if error else 60.0)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.served.spec
+
+    def context_of(self, documents: Iterable[str], selection: Selection) -> Payload:
+        """A context chosen from documents, through the first stage."""
+        return asyncio.run(self._built(select(documents, selection, self.spec.corpus_size)))
+
+    def default_context(self) -> Payload:
+        """What answers a request that names none."""
+        fallback = self.spec.fallback_documents
+        documents = neutral_documents() if fallback is None else fallback
+        minicorpus = select(documents, Selection("first"), self.spec.corpus_size)
+        return asyncio.run(self._built(minicorpus, allow_empty=True))
+
+    def context_from(self, arrays: Arrays) -> Payload:
+        """Raises InvalidContext."""
+        check_arrays(self.served.model, arrays)
+        return Payload(id_of_arrays(self.spec, arrays), arrays)
+
+    def embed(
+        self, texts: Iterable[str], context: Payload, input_type: InputType, *, truncate: bool
+    ) -> Iterator[FloatArray]:
+        """Raw vectors, chunk by chunk (up to 256, hidden_size), in the order of the texts.
+
+        Raises ContextLengthExceeded unless `truncate`.
+        """
+        stream = iter(texts)
+        running: deque[Future[FloatArray]] = deque()
+        refused: ServiceError | None = None
+        while chunk := list(islice(stream, CHUNK)):
+            try:
+                tokens = self.served.tokenizer.texts(chunk, input_type, input_type, truncate=truncate)
+            except ServiceError as error:  # what came before it is still answered
+                refused = error
+                break
+            running.append(self.submit(Stage.SECOND, tokens, context))
+            if len(running) == IN_FLIGHT:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+        if refused is not None:
+            raise refused
+
+    def submit(self, stage: Stage, tokens: Sequence[TokenizedText], context: Payload) -> "Future[FloatArray]":
+        return self.engine.submit(self.served.id, stage, tokens, context)
+
+    async def _built(self, minicorpus: Minicorpus, *, allow_empty: bool = False) -> Payload:
+        builder = ContextBuilder(self.engine)
+        context_id, tokens = await builder.identify(self.served, minicorpus, param="documents", allow_empty=allow_empty)
+        return Payload(context_id, await builder.build(self.served, context_id, tokens))
