@@ -1,0 +1,151 @@
+"""Models, health, readiness, metrics, info."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.main import create_app
+from app.models.loading import load_model
+from app.settings import Settings
+from tests.conftest import BUILTIN
+from tests.live import GOLDENS, V1, live_server
+
+
+def test_models_name_their_contexts(http: httpx.Client) -> None:
+    models = {m["id"]: m for m in http.get("/v1/models").json()["data"]}
+    assert {BUILTIN, f"{BUILTIN}@default", "v1-tiny-c16", "v1-tiny-c16@default"} <= set(models)
+    own = models[BUILTIN]
+    assert set(own) == {
+        "id", "object", "created", "owned_by", "root", "parent", "max_input_tokens", "dimensions", "corpus_size",
+        "approximate",
+    }  # fmt: skip
+    assert own["approximate"] is False
+    assert (own["object"], own["parent"], own["max_input_tokens"], own["dimensions"]) == ("model", None, 256, 384)
+    assert isinstance(own["created"], int)
+    assert "not a CDE model" in own["owned_by"]
+    assert models["v1-tiny-c16@default"]["parent"] == "v1-tiny-c16"
+
+
+@pytest.mark.parametrize("path", [BUILTIN, "builtin%2Fminilm-context", "minilm-context", f"{BUILTIN}@default:query"])
+def test_one_model_raw_or_encoded(http: httpx.Client, path: str) -> None:
+    assert http.get(f"/v1/models/{path}").json()["root"] == BUILTIN
+
+
+def test_health_info_and_metrics(http: httpx.Client) -> None:
+    assert http.get("/health").json() == http.get("/health/live").json() == {"status": "ok"}
+    assert http.get("/ready").json() == http.get("/health/ready").json() == {"status": "ready"}
+    info = http.get("/info").json()
+    assert info["models"][0]["is_cde"] is False
+    assert info["models"][1] | {"semantics": "training", "dtype": "float32", "corpus_size": 16} == info["models"][1]
+    http.post("/v1/embeddings", json={"model": BUILTIN, "input": "x"})
+    families = {f.name: f for f in text_string_to_metric_families(http.get("/metrics").text)}
+    assert any(s.labels["route"] == "/v1/embeddings" for s in families["cde_requests"].samples)
+    assert families["cde_queue_tokens"].samples[0].value == 0
+    assert http.get("/docs").status_code == 200
+
+
+def test_the_port_opens_before_the_models_are_loaded(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        loading.set()
+        assert go_on.wait(30)
+        return load_model(*args)
+
+    monkeypatch.setattr("app.main.load_model", slow)
+    settings = Settings.model_validate({"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir})
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert loading.wait(30)
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    assert httpx.get(f"{url}/health").status_code == 200
+    for path in ("/ready", "/v1/models", "/v1/contexts"):
+        response = httpx.get(url + path)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+        assert response.headers["retry-after"] == "2"
+    go_on.set()
+    while httpx.get(f"{url}/ready").status_code != 200:
+        time.sleep(0.01)
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_a_failed_start_is_told(data_dir: Path) -> None:
+    with pytest.raises(Exception, match="neither a folder nor a Hub id"), live_server(data_dir, ("./nowhere",)):
+        pass
+
+
+def test_matryoshka_cuts_then_normalises(data_dir: Path) -> None:
+    model = {"name": str(GOLDENS / V1), "matryoshka": True, "aliases": ["text-embedding-3-small"]}
+    with live_server(data_dir, [model]) as url:
+        body = {"model": "text-embedding-3-small", "input": "x"}
+        raw = httpx.post(f"{url}/v1/embeddings", json={**body, "normalize": False}).json()["data"][0]["embedding"]
+        cut = httpx.post(f"{url}/v1/embeddings", json={**body, "dimensions": 10}).json()["data"][0]["embedding"]
+        np.testing.assert_allclose(cut, np.array(raw[:10]) / np.linalg.norm(raw[:10]), atol=1e-6)
+        assert httpx.post(f"{url}/v1/embeddings", json={**body, "dimensions": 65}).status_code == 400
+
+
+def test_cors_is_off_unless_set(http: httpx.Client, data_dir: Path) -> None:
+    headers = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    assert "access-control-allow-origin" not in http.options("/v1/embeddings", headers=headers).headers
+    with live_server(data_dir, server={"cors_origins": ["https://a.example"]}) as url:
+        allowed = httpx.options(f"{url}/v1/embeddings", headers=headers)
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+
+
+def test_the_openapi_page_is_whole(http: httpx.Client) -> None:
+    page = http.get("/openapi.json").json()
+    schemas = page["components"]["schemas"]
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(page)))
+    assert referred <= set(schemas)
+    assert "EmbeddingsRequest" in referred
+    for path, operations in page["paths"].items():
+        for method, operation in operations.items():
+            assert "422" not in operation["responses"], path
+            assert ("requestBody" in operation) == (method in ("post", "put")), (path, method)
+
+
+def test_a_repeated_request_is_answered_without_a_forward(data_dir: Path) -> None:
+    with live_server(data_dir) as url, httpx.Client(base_url=url) as http:
+
+        def forwards() -> tuple[float, float]:
+            families = {f.name: f for f in text_string_to_metric_families(http.get("/metrics").text)}
+            hits = [s.value for s in families["cde_vector_cache"].samples if s.labels.get("outcome") == "hit"]
+            return sum(s.value for s in families["cde_forwards"].samples if s.name.endswith("_total")), sum(hits[:1])
+
+        body = {"model": V1, "input": ["seen once", "and this"], "input_type": "query"}
+        first = http.post("/v1/embeddings", json=body)
+        before, hits = forwards()
+        again = http.post("/v1/embeddings", json=body)
+        assert again.content == first.content
+        assert forwards() == (before, hits + 2)
+
+
+def test_models_of_one_name_do_not_start(data_dir: Path) -> None:
+    twice = [{"name": str(GOLDENS / V1), "semantics": s} for s in ("training", "hub")]
+    with pytest.raises(Exception, match="Several models are called"), live_server(data_dir, twice):
+        pass
+
+
+def test_a_model_without_its_first_stage_beside_another(data_dir: Path) -> None:
+    models: list[str | dict[str, Any]] = [V1, {"name": str(GOLDENS / "v2-tiny-c16"), "first_stage": False}]
+    with live_server(data_dir, models) as url:
+        body = {"model": "v2-tiny-c16", "input": "x"}
+        assert httpx.post(f"{url}/v1/embeddings", json=body).json()["error"]["code"] == "context_required"

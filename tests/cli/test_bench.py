@@ -1,0 +1,77 @@
+"""The benchmark's numbers have their shape, and its load driver counts what it sees."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from app.bench.bound import best_rate, second_stage_flops
+from app.bench.compute import Comparison
+from app.bench.models import Family, random_checkpoint
+from app.cli.main import app
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More wait for one another where other tests' servers use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_variants_are_compared_to_the_reference(family: Family) -> None:
+    comparison = Comparison(random_checkpoint(family, layers=2), ["reference", "float32", "int8"], rounds=1)
+    rows = comparison.second_stage(8)
+    assert [row.variant for row in rows] == ["reference", "float32", "int8"]
+    reference, exact, rounded = rows
+    assert reference.ratio == 1
+    assert exact.max_abs_diff is not None
+    assert exact.max_abs_diff < 1e-5
+    assert rounded.one_minus_cos is not None
+    assert 0 < rounded.one_minus_cos < 5e-4
+    assert all(row.cpu_ms_per_text > 0 for row in rows)
+    assert comparison.first_stage()[1].max_abs_diff is not None
+
+
+def test_operations_of_a_text() -> None:
+    """The figures of v1 and v2 by hand: one layer's rows are 2 * 768 * (4 * 768 + 3 * inner) operations."""
+    assert second_stage_flops("v1", 8) / 1e9 == pytest.approx(119, rel=0.02)
+    assert second_stage_flops("v1", 512) / 1e9 == pytest.approx(261, rel=0.02)
+    assert second_stage_flops("v2", 512) / 1e9 == pytest.approx(252, rel=0.03)
+
+
+def test_the_bound_of_a_precision_is_never_below_a_more_exact_ones() -> None:
+    rates = {"float32 plain": 160.0, "float32": 140.0, "bfloat16": 30.0, "int8": 500.0}
+    assert [best_rate(rates, v) for v in ("reference", "float32", "bfloat16", "int8")] == [160, 160, 160, 500]
+
+
+@pytest.mark.parametrize("loop", [["--clients", "3"], ["--rate", "20"]])
+def test_load_over_http(server: str, loop: list[str]) -> None:
+    options = ["bench", "http", "--url", server, "--model", "v1-tiny-c16", "--seconds", "1", "--texts", "2", "--json"]
+    result = CliRunner().invoke(app, [*options, *loop])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["answered"] > 3
+    assert report["refused"] == {}
+    assert 0 < report["p50_ms"] <= report["p95_ms"] <= report["p99_ms"]
+    assert report["texts_per_second"] > 0
+
+
+def test_refusals_are_counted(server: str) -> None:
+    options = ["bench", "http", "--url", server, "--model", "nope", "--seconds", "0.3", "--clients", "1", "--json"]
+    report = json.loads(CliRunner().invoke(app, options).stdout)
+    assert report["answered"] == 0
+    assert report["refused"][str(int(httpx.codes.NOT_FOUND))] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--random", "v1", "--model", "x"], ["--random", "v1", "--variants", "fast"]]
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2

@@ -1,0 +1,44 @@
+"""Servers that many tests share, and the texts they talk about."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.live import V1, V2, live_server
+
+BUILTIN = "builtin/minilm-context"
+
+ANIMALS = [
+    f"The {a} {v} in the {p}." for a in ("fox", "owl", "bear") for v in ("sleeps", "hunts") for p in ("wood", "barn")
+]
+COOKING = [
+    f"{v} the {f} for {m} minutes." for v in ("Boil", "Fry") for f in ("rice", "fish", "egg") for m in ("two", "ten")
+]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded default first, then both tiny CDE models; nothing is answered from a cache of vectors."""
+    folder = tmp_path_factory.mktemp("server")
+    with live_server(folder, (BUILTIN, V1, V2), limits={"vector_cache_bytes": 0}) as url:
+        yield url
+
+
+@pytest.fixture
+def http(server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"

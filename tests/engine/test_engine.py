@@ -1,0 +1,200 @@
+"""One device thread: isolation, halving, refusal, cancellation, draining."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from app.domain import Stage, TokenizedText
+from app.engine.engine import Engine
+from app.errors import NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown
+from tests.engine.stub import StubModel, context, text
+
+POISON, NAN = 666, 999
+
+
+def poisoned(texts: Sequence[TokenizedText]) -> None:
+    if any(POISON in t.input_ids for t in texts):
+        raise RuntimeError("poison")
+
+
+class Gate:
+    """Holds the device thread inside a batch."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, _texts: Sequence[TokenizedText]) -> None:
+        self.entered.set()
+        assert self.open.wait(30)
+
+
+def engine_of(model: StubModel, *, queue_tokens: int = 10_000, workers: int = 1) -> Engine:
+    made = Engine({"stub": model}, batch_tokens=1000, queue_tokens=queue_tokens, cache_bytes=1 << 20, workers=workers)
+    made.start()
+    return made
+
+
+@pytest.fixture
+def model() -> StubModel:
+    return StubModel(poisoned)
+
+
+@pytest.fixture
+def engine(model: StubModel) -> Iterator[Engine]:
+    made = engine_of(model)
+    yield made
+    made.stop(5)
+
+
+def test_rows_in_order_under_their_own_context(engine: Engine, model: StubModel) -> None:
+    def one(i: int) -> None:
+        rows = engine.submit("stub", Stage.SECOND, [text(i), text(i, i)], context(float(i))).result(10)
+        np.testing.assert_array_equal(rows, [[i, 1, i, 2], [2 * i, 2, i, 2]])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(1, 200)))
+    assert len(model.threads) == 1
+
+
+def test_batches_mix_contexts_but_not_stages() -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model)
+    first = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    futures = [engine.submit("stub", Stage.SECOND, [text(i)], context(float(i))) for i in range(2, 6)]
+    futures.append(engine.submit("stub", Stage.FIRST, [text(9)], context(1.0)))
+    gate.open.set()
+    for future in (first, *futures):
+        future.result(10)
+    assert sorted(model.batches[1:]) == [(Stage.FIRST, 1), (Stage.SECOND, 4)]
+    engine.stop(5)
+
+
+def test_a_poisoned_text_fails_alone_and_the_thread_lives_on() -> None:
+    gate = Gate()
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        gate(texts)
+        poisoned(texts)
+
+    engine = engine_of(StubModel(before))
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    good = [engine.submit("stub", Stage.SECOND, [text(i)], context(1.0)) for i in range(1, 8)]
+    bad = engine.submit("stub", Stage.SECOND, [text(1), text(POISON)], context(1.0))
+    gate.open.set()
+    with pytest.raises(ServerFault):
+        bad.result(10)
+    for i, future in enumerate(good, start=1):
+        assert future.result(10)[0, 0] == i
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+    assert engine.healthy
+    engine.stop(5)
+
+
+def test_health_is_the_last_batch(engine: Engine) -> None:
+    with pytest.raises(ServerFault):
+        engine.submit("stub", Stage.SECOND, [text(POISON)], context(1.0)).result(10)
+    assert not engine.healthy
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0)).result(10)
+    assert engine.healthy
+
+
+def test_nan_never_leaves(engine: Engine) -> None:
+    with pytest.raises(NonFiniteEmbedding):
+        engine.submit("stub", Stage.SECOND, [text(1)], context(float("nan"))).result(10)
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0)).result(10)
+
+
+def test_room_is_taken_for_the_whole_request_or_not_at_all() -> None:
+    gate = Gate()
+    engine = engine_of(StubModel(gate), queue_tokens=100)
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))  # 11 tokens as computed
+    assert gate.entered.wait(10)
+    queued = engine.submit("stub", Stage.SECOND, [text(1)] * 8, context(1.0))  # 88
+    before = engine.queued_tokens
+    with pytest.raises(QueueFull) as refused:
+        engine.submit("stub", Stage.SECOND, [text(1)] * 2, context(1.0))
+    assert refused.value.retry_after > 0
+    assert engine.queued_tokens == before == 99
+    gate.open.set()
+    assert queued.result(10).shape == (8, 4)
+    assert engine.submit("stub", Stage.SECOND, [text(1)] * 50, context(1.0)).result(10).shape == (50, 4)
+    engine.stop(5)
+
+
+def test_cancelled_work_is_not_run() -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model)
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    gone = engine.submit("stub", Stage.SECOND, [text(2)] * 5, context(1.0))
+    assert gone.cancel()
+    gate.open.set()
+    engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)
+    assert [rows for _, rows in model.batches] == [1, 1]
+    with pytest.raises(CancelledError):
+        gone.result()
+    engine.stop(5)
+
+
+def test_stop_answers_what_was_admitted_and_refuses_the_rest() -> None:
+    gate = Gate()
+    engine = engine_of(StubModel(gate))
+    futures = [engine.submit("stub", Stage.SECOND, [text(i)] * 3, context(1.0)) for i in range(1, 6)]
+    assert gate.entered.wait(10)
+    stopper = threading.Thread(target=engine.stop, args=(20,))
+    stopper.start()
+    gate.open.set()
+    stopper.join(20)
+    assert [future.result(0)[0, 0] for future in futures] == [1, 2, 3, 4, 5]
+    with pytest.raises(ShuttingDown):
+        engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+
+
+def test_stop_fails_what_it_cannot_wait_for() -> None:
+    gate = Gate()
+    engine = engine_of(StubModel(gate))
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    waiting = engine.submit("stub", Stage.SECOND, [text(2)], context(1.0))
+    engine.stop(0.01)
+    with pytest.raises(ShuttingDown):
+        waiting.result(0)
+    gate.open.set()
+
+
+def test_contexts_are_loaded_once_while_they_fit(engine: Engine, model: StubModel) -> None:
+    loads: list[int] = []
+    original = model.load_context
+    model.load_context = lambda arrays: loads.append(1) or original(arrays)  # type: ignore[method-assign, func-returns-value]
+    for _ in range(5):
+        engine.submit("stub", Stage.SECOND, [text(1)], context(4.0)).result(10)
+    assert len(loads) == 1
+
+
+def test_workers_share_the_queue_and_answer_all() -> None:
+    """Three are held in a batch at once; what is asked meanwhile is answered in order under its own context."""
+    together = threading.Barrier(3)
+
+    def meet(texts: Sequence[TokenizedText]) -> None:
+        if texts[0].input_ids == (500,):
+            together.wait(20)
+
+    model = StubModel(meet)
+    engine = engine_of(model, workers=3)
+    held = [engine.submit("stub", Stage.SECOND, [text(500)] * 90, context(1.0)) for _ in range(3)]
+    asked = {i: engine.submit("stub", Stage.SECOND, [text(i), text(i, i)], context(float(i))) for i in range(1, 100)}
+    for i, future in asked.items():
+        np.testing.assert_array_equal(future.result(20), [[i, 1, i, 2], [2 * i, 2, i, 2]])
+    for future in held:
+        assert future.result(20).shape == (90, 4)
+    assert len(model.threads) == 3
+    assert engine.healthy
+    engine.stop(5)
+    assert engine.queued_tokens == 0

@@ -1,0 +1,136 @@
+"""What was computed is not computed again; what is being computed is waited for; nobody pays for another's leaving."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import pytest
+
+from app.domain import TokenizedText
+from app.engine.engine import Engine
+from app.errors import ServerFault
+from app.registry import ServedModel
+from app.tokenization import TextTokenizer
+from app.vector_cache import OVERHEAD, VectorCache
+from tests.engine.stub import StubModel, context, text
+from tests.engine.test_engine import POISON, Gate, engine_of, poisoned
+
+
+class Bench:
+    """A stub model behind an engine and a cache."""
+
+    def __init__(self, model: StubModel, *, max_bytes: int = 1 << 16) -> None:
+        self.model = model
+        self.engine: Engine = engine_of(model)
+        self.cache = VectorCache(self.engine, max_bytes=max_bytes)
+        self.served = ServedModel(("stub",), model, cast(TextTokenizer, None))
+
+    @property
+    def computed(self) -> int:
+        return sum(rows for _, rows in self.model.batches)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(StubModel(poisoned))
+    yield made
+    made.engine.stop(5)
+
+
+async def test_a_repeated_request_needs_no_forward_and_is_the_same_to_the_byte(bench: Bench) -> None:
+    texts = [text(1), text(2, 3), text(1)]
+    first = await bench.cache.embed(bench.served, texts, context(5.0))
+    np.testing.assert_array_equal(first, [[1, 1, 5, 2], [5, 2, 5, 2], [1, 1, 5, 2]])
+    assert bench.computed == 2, "equal texts of one request are computed once"
+    batches = len(bench.model.batches)
+    again = await bench.cache.embed(bench.served, texts, context(5.0))
+    assert again.tobytes() == first.tobytes()
+    assert len(bench.model.batches) == batches
+    mixed = await bench.cache.embed(bench.served, [text(9), text(2, 3)], context(5.0))
+    np.testing.assert_array_equal(mixed, [[9, 1, 5, 2], [5, 2, 5, 2]])
+    assert bench.computed == 3
+
+
+async def test_other_context_other_vector(bench: Bench) -> None:
+    a = await bench.cache.embed(bench.served, [text(1)], context(5.0))
+    b = await bench.cache.embed(bench.served, [text(1)], context(6.0))
+    assert (a[0, 2], b[0, 2]) == (5, 6)
+
+
+async def test_equal_texts_in_flight_are_computed_once() -> None:
+    gate = Gate()
+    bench = Bench(StubModel(gate))
+    asked = [asyncio.create_task(bench.cache.embed(bench.served, [text(7), text(i)], context(1.0))) for i in range(20)]
+    await asyncio.to_thread(gate.entered.wait, 10)
+    gate.open.set()
+    for i, task in enumerate(asked):
+        np.testing.assert_array_equal(await task, [[7, 1, 1, 2], [i, 1, 1, 2]])
+    assert bench.computed == 20, "19 different texts besides the one they share, which is also number 7"
+    bench.engine.stop(5)
+
+
+async def test_a_failure_reaches_all_who_wait_and_is_not_kept(bench: Bench) -> None:
+    tasks = [bench.cache.embed(bench.served, [text(POISON)], context(1.0)) for _ in range(3)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(r) for r in results] == [ServerFault] * 3
+    bench.model.before = lambda _: None
+    assert (await bench.cache.embed(bench.served, [text(POISON)], context(1.0)))[0, 0] == POISON
+
+
+async def test_work_is_dropped_only_when_the_last_who_waits_has_gone() -> None:
+    gate = Gate()
+    bench = Bench(StubModel(gate))
+    running = asyncio.create_task(bench.cache.embed(bench.served, [text(1)], context(1.0)))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    first, second = (asyncio.create_task(bench.cache.embed(bench.served, [text(2)], context(1.0))) for _ in range(2))
+    alone = asyncio.create_task(bench.cache.embed(bench.served, [text(3)], context(1.0)))
+    await asyncio.sleep(0)
+    first.cancel()
+    alone.cancel()
+    await asyncio.gather(first, alone, return_exceptions=True)
+    gate.open.set()
+    assert (await second)[0, 0] == 2
+    await running
+    assert bench.computed == 2, "the text nobody waited for was not run"
+    assert (await bench.cache.embed(bench.served, [text(3)], context(1.0)))[0, 0] == 3
+    bench.engine.stop(5)
+
+
+async def test_bytes_are_bounded() -> None:
+    entry = 4 * 4 + OVERHEAD
+    bench = Bench(StubModel(), max_bytes=3 * entry)
+    for i in range(10):
+        await bench.cache.embed(bench.served, [text(i)], context(1.0))
+    await bench.cache.embed(bench.served, [text(9), text(8), text(7)], context(1.0))
+    assert bench.computed == 10
+    await bench.cache.embed(bench.served, [text(6)], context(1.0))
+    assert bench.computed == 11
+    bench.engine.stop(5)
+
+
+async def test_nothing_is_kept_when_told() -> None:
+    bench = Bench(StubModel(), max_bytes=0)
+    for _ in range(3):
+        await bench.cache.embed(bench.served, [text(1)], context(1.0))
+    assert bench.computed == 3
+    bench.engine.stop(5)
+
+
+async def test_another_requests_bad_text_fails_that_request_alone() -> None:
+    gate = Gate()
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        gate(texts)
+        poisoned(texts)
+
+    bench = Bench(StubModel(before))
+    bad = asyncio.create_task(bench.cache.embed(bench.served, [text(1), text(POISON)], context(1.0)))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    good = asyncio.create_task(bench.cache.embed(bench.served, [text(1)], context(1.0)))
+    await asyncio.sleep(0)
+    gate.open.set()
+    with pytest.raises(ServerFault):
+        await bad
+    assert (await good)[0, 0] == 1
+    bench.engine.stop(5)

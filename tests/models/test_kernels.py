@@ -1,0 +1,129 @@
+"""Every way to compute gives the reference's answers: kernels, precisions, batches, threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from app.bench.models import Family, load_checkpoint, random_texts
+from app.bench.reference import Reference
+from app.domain import DATASET_EMBEDDINGS, FloatArray
+from app.goldens import Goldens
+from app.models.contextual import ContextualModel, Semantics
+from app.models.kernels import AttentionKernel, Kernels, Precision, has_onednn
+from app.models.loading import LoadOptions
+from app.models.tuning import fastest
+from app.vectors import normalized
+from tests.models.conftest import GOLDEN_NAMES, GOLDENS, random_weights
+
+CPU = torch.device("cpu")
+FLOATS = [Kernels(), Kernels(attention="bmm")]
+if has_onednn("float32"):
+    FLOATS += [Kernels(linear="onednn", attention=attention) for attention in ("sdpa", "bmm", "linear")]
+    FLOATS += [Kernels(attention="linear")]
+LENGTHS = [9, 120, 9, 23]
+
+
+@pytest.mark.parametrize("kernels", FLOATS, ids=lambda k: f"{k.linear}-{k.attention}")
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_goldens_on_every_kernel(name: str, kernels: Kernels) -> None:
+    goldens = Goldens.read(GOLDENS / name)
+    for variant in ("train", "hub"):
+        for array, got in goldens.run(variant, LoadOptions(dtype="float32", device="cpu", kernels=kernels)):
+            if array.endswith("/unit"):
+                np.testing.assert_allclose(got, goldens.expected[array], atol=1e-5, err_msg=array)
+
+
+def model(family: Family, precision: Precision, semantics: Semantics | None = None) -> ContextualModel:
+    options = LoadOptions(dtype=precision, device="cpu", kernels=fastest(precision, CPU))
+    return load_checkpoint(random_weights(family), options, semantics)
+
+
+def dataset(seed: int = 0) -> FloatArray:
+    rows = np.random.default_rng(seed).standard_normal((512, 768))
+    return cast("FloatArray", rows.astype(np.float32))
+
+
+def both_stages(loaded: ContextualModel) -> tuple[FloatArray, FloatArray]:
+    """Unit vectors of the same texts through the first stage, and through the second under one context."""
+    family: Family = "v1" if loaded.spec.family == "cde-v1" else "v2"
+    texts = random_texts(family, LENGTHS)
+    context = loaded.load_context({DATASET_EMBEDDINGS: dataset()})
+    with torch.inference_mode():
+        first = loaded.first_stage(texts, [{}] * len(texts)).numpy()
+        second = loaded.second_stage(texts, [context] * len(texts)).numpy()
+    return normalized(first), normalized(second)
+
+
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_fp32_is_transformers_own_padded_forward(family: Family) -> None:
+    """With layer 0 cached, the last layer pruned, tiles and no padding, against a forward with none of it."""
+    hub = Semantics(context_token_type=family == "v1")
+    first, second = both_stages(model(family, "float32", hub))
+    reference, texts = Reference(random_weights(family)), random_texts(family, LENGTHS)
+    np.testing.assert_allclose(first, normalized(reference.first_stage(texts).numpy()), atol=1e-5)
+    expected = normalized(reference.second_stage(texts, torch.from_numpy(dataset())).numpy())
+    np.testing.assert_allclose(second, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 1e-5), ("int8", 5e-4)])
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_lower_precisions_stay_close(family: Family, precision: Precision, limit: float) -> None:
+    exact, rounded = both_stages(model(family, "float32")), both_stages(model(family, precision))
+    for a, b in zip(exact, rounded, strict=True):
+        away = 1 - (a.astype(np.float64) * b).sum(axis=1)
+        assert away.max() <= limit
+        assert np.abs(a - b).max() > 1e-7, "it is another precision indeed"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "bmm", "linear"])
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_products_in_bfloat16(family: Family, attention: AttentionKernel) -> None:
+    """What CPUs with bfloat16 instructions choose; others compute the rounded weights in float32."""
+    kernels = Kernels("bfloat16", "onednn" if has_onednn("bfloat16") else "torch", attention, torch.bfloat16)
+    options = LoadOptions(dtype="bfloat16", device="cpu", kernels=kernels)
+    rounded = both_stages(load_checkpoint(random_weights(family), options))
+    for a, b in zip(both_stages(model(family, "float32")), rounded, strict=True):
+        assert (1 - (a.astype(np.float64) * b).sum(axis=1)).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "precision"), [("v1", "float32"), ("v2", "float32"), ("v1", "int8")])
+def test_company_changes_nothing(family: Family, precision: Precision) -> None:
+    """A text alone, in a batch under one context, and among texts under other contexts."""
+    loaded, texts = model(family, precision), random_texts(family, LENGTHS)
+    contexts = [loaded.load_context({DATASET_EMBEDDINGS: dataset(seed)}) for seed in range(3)]
+    with torch.inference_mode():
+        alone = [loaded.second_stage([text], [contexts[0]])[0].numpy() for text in texts]
+        together = loaded.second_stage(texts, [contexts[0]] * len(texts)).numpy()
+        mixed = loaded.second_stage(
+            [text for text in texts for _ in contexts], [context for _ in texts for context in contexts]
+        ).numpy()
+    np.testing.assert_allclose(normalized(together), normalized(np.stack(alone)), atol=1e-5)
+    np.testing.assert_allclose(normalized(mixed[::3]), normalized(np.stack(alone)), atol=1e-5)
+    assert np.abs(normalized(mixed[1::3]) - normalized(mixed[::3])).max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_threads_share_a_model(precision: Precision) -> None:
+    loaded, texts = model("v2", precision), random_texts("v2", LENGTHS)
+    context = loaded.load_context({DATASET_EMBEDDINGS: dataset()})
+
+    def run(_: int) -> FloatArray:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            return cast("FloatArray", loaded.second_stage(texts, [context] * len(texts)).numpy())
+
+    with ThreadPoolExecutor(2) as pool:
+        first, *others = pool.map(run, range(4))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+def test_the_tuner_picks_something_that_is_there() -> None:
+    for precision in ("float32", "bfloat16", "int8"):
+        kernels = fastest(precision, CPU)
+        assert kernels.precision == precision
+        assert kernels.linear == "torch" or has_onednn(precision)
+    assert fastest("bfloat16", torch.device("cuda")) == Kernels("bfloat16", compute=torch.bfloat16)

@@ -1,0 +1,117 @@
+"""Imports run one way, modules stay small, and only settings.py reads the environment."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[1] / "app"
+MODULES = sorted(p for p in APP.rglob("*.py") if "migrations" not in p.parts)
+
+# Each room sees the ones before it in its list, never one behind.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "domain": set(),
+    "telemetry": set(),
+    "vectors": {"domain"},
+    "settings": {"errors"},
+    "tokenization": {"domain", "errors"},
+    "selection": {"domain"},
+    "payloads": {"domain"},
+    "corpora": set(),
+    "token_ids": set(),
+    "models": {"models", "domain", "errors", "tokenization"},
+    "engine": {"engine", "domain", "errors", "telemetry", "models.base"},
+    "stores": {"stores", "domain", "errors", "payloads"},
+    "registry": {"domain", "errors", "models.base", "tokenization"},
+    "building": {"domain", "errors", "payloads", "registry", "selection", "engine"},
+    "contexts": {
+        "building",
+        "domain",
+        "errors",
+        "payloads",
+        "registry",
+        "selection",
+        "engine",
+        "models.base",
+        "stores.base",
+    },
+    "vector_cache": {"domain", "engine", "errors", "registry", "telemetry"},
+    "service": {"contexts", "domain", "errors", "registry", "telemetry", "token_ids", "vector_cache", "vectors"},
+    "offline": {
+        "building",
+        "contexts",
+        "domain",
+        "errors",
+        "payloads",
+        "registry",
+        "selection",
+        "settings",
+        "engine",
+        "models",
+    },
+    "embedding_files": {"corpora", "domain"},
+    "agreement": {"domain", "models", "offline", "vectors"},
+    "evaluation": {"corpora", "domain", "offline", "vectors"},
+    "goldens": {"domain", "errors", "models", "offline", "vectors"},
+    "bench": {"bench", "domain", "errors", "models"},
+    "api": {
+        "api",
+        "contexts",
+        "domain",
+        "errors",
+        "payloads",
+        "registry",
+        "selection",
+        "service",
+        "settings",
+        "telemetry",
+    },
+}
+ANYTHING = {"main", "cli", "__init__"}
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(APP).with_suffix("").parts[0]
+
+
+def _imports(path: Path) -> list[tuple[int, str, bool]]:
+    """(line, module below app, whether inside a function) of each import of our own."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "app":
+            modules = [node.module or ""] if node.module != "app" else [f"app.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "app"]
+        else:
+            continue
+        found += [(node.lineno, module.removeprefix("app."), id(node) not in top) for module in modules]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(APP)))
+def test_imports_run_one_way(path: Path) -> None:
+    room = _room(path)
+    for line, module, local in _imports(path):
+        assert not local, f"{path}:{line} imports {module} inside a function"
+        if room not in ANYTHING:
+            parts = module.split(".")
+            names = {".".join(parts[: i + 1]) for i in range(len(parts))}
+            assert names & ALLOWED[room], f"{path}:{line}: {room} may not import {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(APP)))
+def test_modules_and_functions_are_short(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= 250
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_only_settings_reads_the_environment() -> None:
+    readers = [p.name for p in MODULES if "environ" in p.read_text() or "getenv" in p.read_text()]
+    assert readers == ["settings.py"]
