@@ -1,4 +1,4 @@
-"""Waiting jobs -> the next batch, by tokens as computed. Pure: no threads, no torch, no clock."""
+"""Waiting jobs -> the next batch, by tokens as computed. No threads of its own, no torch, no clock."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from threading import Lock
 
 import numpy as np
 
@@ -20,18 +21,22 @@ LOOK_AHEAD = 256
 
 @dataclass(eq=False, slots=True)
 class Submission:
-    """The texts of one request under one context, and the future that all its jobs fill together."""
+    """The texts of one request under one context, and the future that all its jobs fill together. Thread-safe: its
+    jobs may be in the batches of several workers."""
 
     lane: Lane
     payload: Payload
     rows: FloatArray
     left: int
     future: "Future[FloatArray]" = field(default_factory=Future)
+    lock: Lock = field(default_factory=Lock)
 
     def fill(self, index: int, row: FloatArray) -> None:
         self.rows[index] = row
-        self.left -= 1
-        if self.left == 0:
+        with self.lock:
+            self.left -= 1
+            complete = self.left == 0
+        if complete:
             with suppress(InvalidStateError):  # failed by another job, or the caller has gone
                 self.future.set_result(self.rows)
 

@@ -146,6 +146,8 @@ class Engine:
         """Runs a batch; one that fails is halved until the jobs that fail alone are found, the others are answered."""
         try:
             vectors = self._forward(batch)
+            if len(vectors) != len(batch):
+                raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
         except Exception as error:  # noqa: BLE001 - the thread outlives whatever a forward raises
             if len(batch) > 1:
                 half = len(batch) // 2

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import openai
 import pytest
 
+from tests.compare import assert_same
 from tests.conftest import ANIMALS, BUILTIN, COOKING
 
 Vectors = npt.NDArray[np.float32]
@@ -123,16 +124,16 @@ def test_input_type_decides_the_prompt(http: httpx.Client) -> None:
     query = vectors(post(http, model=model, input="owl", input_type="query"))
     none = vectors(post(http, model=model, input="owl", input_type="none"))
     assert min(np.abs(a - b).max() for a, b in ((document, query), (query, none), (none, document))) > 1e-4
-    np.testing.assert_array_equal(vectors(post(http, model=model, input="owl")), document)
+    assert_same(vectors(post(http, model=model, input="owl")), document)
     for kind in (None, "query"):
         prompted = vectors(post(http, model=model, input="search_query: owl", input_type=kind))
-        np.testing.assert_array_equal(prompted, query)
+        assert_same(prompted, query)
 
 
 def test_null_counts_as_absent(http: httpx.Client) -> None:
     fields = ("encoding_format", "dimensions", "user", "context", "input_type", "truncate", "normalize")
     response = post(http, model=BUILTIN, input="one", **dict.fromkeys(fields))
-    np.testing.assert_array_equal(vectors(response), vectors(post(http, model=BUILTIN, input="one")))
+    assert_same(vectors(response), vectors(post(http, model=BUILTIN, input="one")))
     assert post(http, model=BUILTIN, input="one", surprise=None).status_code == 200
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from app.agreement import overlap
 from app.api.auth import Keyring
 from app.cli.main import app, main
+from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
 from tests.live import GOLDENS, V1
 
@@ -88,7 +89,7 @@ def test_embed_with_dataset_embeddings_and_with_a_stored_context(
     for context in ("c.safetensors", "c.npy"):
         options = ["--input", file, "--input-type", "none", "--no-normalize", "--context", context]
         run("embed", *MODEL, *options, "--output", tmp_path / f"{context}.out.npy")
-    np.testing.assert_array_equal(np.load("c.safetensors.out.npy"), np.load("c.npy.out.npy"))
+    assert_same(np.load("c.safetensors.out.npy"), np.load("c.npy.out.npy"))
     assert (np.abs(np.linalg.norm(np.load("c.npy.out.npy"), axis=1) - 1) > 1e-2).all()
     with pytest.raises(SystemExit) as stopped:
         monkeypatch.setattr("sys.argv", ["cde-server", "embed", *MODEL, "--input", str(file), "--input-type", "none",

@@ -16,6 +16,7 @@ from app.models.kernels import AttentionKernel, Kernels, Precision, has_onednn
 from app.models.loading import LoadOptions
 from app.models.tuning import fastest
 from app.vectors import normalized
+from tests.compare import assert_same
 from tests.models.conftest import GOLDEN_NAMES, GOLDENS, random_weights
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_threads_share_a_model(precision: Precision) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, *others = pool.map(run, range(4))
     for other in others:
-        np.testing.assert_array_equal(other, first)
+        assert_same(other, first)
 
 
 def test_the_tuner_picks_something_that_is_there() -> None:

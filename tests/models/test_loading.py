@@ -22,6 +22,7 @@ from app.models import loading
 from app.models.base import InvalidContext, check_arrays
 from app.models.kernels import Kernels
 from app.models.loading import BUILTIN, BUILTIN_PACKAGE, LoadedModel, LoadOptions, load_model
+from tests.compare import assert_same
 from tests.models.conftest import GOLDENS, builtin_folder, context_of, embed, load_golden, tokenized
 
 CPU = LoadOptions(device="cpu", dtype="float32")
@@ -117,7 +118,7 @@ def test_unknown_key(checkpoint: Path, key: str) -> None:
 def test_tolerated_key(checkpoint: Path, key: str) -> None:
     expected = vectors(load_model(str(checkpoint), CPU))
     change_weights(checkpoint, lambda tensors: tensors.update({key: torch.full((64,), 9.0)}))
-    np.testing.assert_array_equal(vectors(load_model(str(checkpoint), CPU)), expected)
+    assert_same(vectors(load_model(str(checkpoint), CPU)), expected)
 
 
 def test_many_problems_are_one_short_message(checkpoint: Path) -> None:
@@ -135,7 +136,7 @@ def test_compiled_models_infix(checkpoint: Path) -> None:
         return {k.replace("backbone.", "backbone._orig_mod."): v for k, v in tensors.items()}
 
     change_weights(checkpoint, compiled)
-    np.testing.assert_array_equal(vectors(load_model(str(checkpoint), CPU)), expected)
+    assert_same(vectors(load_model(str(checkpoint), CPU)), expected)
 
 
 def test_bfloat16_file(checkpoint: Path) -> None:
@@ -147,7 +148,7 @@ def test_bfloat16_file(checkpoint: Path) -> None:
     rounded = load_model(str(checkpoint), CPU)
     assert halved.model.spec.dtype == "float32"
     assert halved.model.spec.revision != original.model.spec.revision
-    np.testing.assert_array_equal(vectors(halved), vectors(rounded))
+    assert_same(vectors(halved), vectors(rounded))
     assert (vectors(halved) @ vectors(original).T).item() > 0.99
 
 
@@ -170,13 +171,13 @@ def test_without_the_first_stage(checkpoint: Path) -> None:
 
     assert not load_model(str(checkpoint), options).model.spec.has_first_stage
     half = load_model(str(checkpoint), options)
-    np.testing.assert_array_equal(embed(half, text, [context]), expected)
+    assert_same(embed(half, text, [context]), expected)
     assert half.model.spec.revision == whole.model.spec.revision
 
     change_weights(checkpoint, lambda tensors: tensors.update({"first_stage_model.mlp.0.weight": torch.zeros(1)}))
-    np.testing.assert_array_equal(embed(load_model(str(checkpoint), options), text, [context]), expected)
+    assert_same(embed(load_model(str(checkpoint), options), text, [context]), expected)
     change_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if "first_stage" not in k})
-    np.testing.assert_array_equal(embed(load_model(str(checkpoint), options), text, [context]), expected)
+    assert_same(embed(load_model(str(checkpoint), options), text, [context]), expected)
     assert "first_stage_model" in refused(checkpoint)
 
 
@@ -515,7 +516,7 @@ def test_contexts_of_another_size(checkpoint: Path) -> None:
     text = tokenized(loaded, ["A cracked copper boiler"], InputType.DOCUMENT)
     cut = embed(loaded, text, [loaded.model.load_context({"dataset_embeddings": rows})])
     exact = embed(loaded, text, [loaded.model.load_context({"dataset_embeddings": rows[:16]})])
-    np.testing.assert_array_equal(cut, exact)
+    assert_same(cut, exact)
     for wrong in (rows[:15], rows[:, :63], rows[:0]):
         with pytest.raises(InvalidContext):
             loaded.model.load_context({"dataset_embeddings": wrong})

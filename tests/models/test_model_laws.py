@@ -12,6 +12,7 @@ from app.domain import DATASET_EMBEDDINGS, FloatArray, InputType, TokenizedText
 from app.models.base import DeviceContext, InvalidContext
 from app.models.loading import LoadedModel
 from app.models.minilm import TOKEN_WEIGHTS, MiniLMContext
+from tests.compare import assert_same
 from tests.models.conftest import (
     GOLDEN_NAMES,
     SEMANTICS,
@@ -202,7 +203,7 @@ def test_scale_of_the_rows(subject: Subject) -> None:
 @every_golden
 def test_rows_beyond_the_corpus_size_and_too_few(subject: Subject) -> None:
     more = subject.with_rows(np.concatenate((subject.rows(), subject.rows(1))))
-    np.testing.assert_array_equal(subject.alone(subject.texts[0], more), subject.expected(0, 0))
+    assert_same(subject.alone(subject.texts[0], more), subject.expected(0, 0))
     with pytest.raises(InvalidContext, match="dataset_embeddings"):
         subject.with_rows(subject.rows()[:-1])
 
@@ -214,7 +215,7 @@ def test_the_semantics_differ_in_the_second_stage_alone(subject: Subject, reques
     documents = tokenized(other, DOCUMENTS[:4], InputType.DOCUMENT)
     with torch.inference_mode():
         ours, theirs = (m.model.first_stage(documents, [{}] * 4).numpy() for m in (subject.loaded, other))
-    np.testing.assert_array_equal(ours, theirs)
+    assert_same(ours, theirs)
     moved = embed(other, [subject.texts[0]], [other.model.load_context(subject.arrays[0])])[0]
     assert moved @ subject.expected(0, 0) < 0.99
 
