@@ -16,6 +16,8 @@ Arrays = Mapping[str, FloatArray]
 
 DATASET_EMBEDDINGS = "dataset_embeddings"
 DEFAULT_CONTEXT = "default"
+SHARED = ""
+"""The namespace of everything that belongs to no key's own: what the server makes, and what keys without one make."""
 
 
 class InputType(StrEnum):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from app.contexts import ContextService
-from app.domain import DEFAULT_CONTEXT, Embeddings, FloatArray, InputType, Payload, TokenizedText
+from app.domain import DEFAULT_CONTEXT, SHARED, Embeddings, FloatArray, InputType, Payload, TokenizedText
 from app.errors import (
     ContextModelMismatch,
     ContextNotFound,
@@ -41,6 +41,10 @@ class EmbedRequest:
     dimensions: int | None = None
     normalize: bool = True
     expect_fingerprint: str | None = None
+    namespace: str = SHARED
+    """Whose contexts are seen."""
+    background: bool = False
+    """Computed when nobody waits."""
 
 
 @dataclass(frozen=True, slots=True)

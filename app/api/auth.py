@@ -4,6 +4,7 @@
 name = "search-team"
 sha256 = "…"                       # printf %s "$KEY" | sha256sum
 scopes = ["embed", "contexts:read", "contexts:write"]
+namespace = "search-team"          # absent: the contexts that all keys without one share
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.domain import SHARED
 from app.errors import ConfigError, InsufficientScope, Unauthenticated
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Key(BaseModel):
     name: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     scopes: tuple[Scope, ...] = ALL_SCOPES
+    namespace: str = Field(SHARED, pattern="^[a-z0-9][a-z0-9_-]{0,62}$")
 
 
 class _KeysFile(BaseModel):
@@ -97,7 +100,7 @@ def _require(request: Request, scope: Scope | None) -> None:
     key = keyring.find(secret.strip())
     if key is None:
         raise Unauthenticated("Incorrect API key provided. Check the key, or ask the operator of this server for one.")
-    request.state.key_name = key.name
+    request.state.key_name, request.state.namespace = key.name, key.namespace
     if scope is not None and scope not in key.scopes:
         raise InsufficientScope(f"This key lacks the scope '{scope}'. Ask the operator of this server for one with it.")
 

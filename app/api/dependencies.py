@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Query, Request
 
 from app.contexts import ContextService
+from app.domain import SHARED
 from app.registry import Registry, ServedModel
 from app.service import EmbeddingService
 from app.settings import Settings
@@ -48,10 +49,18 @@ def _service(request: Request) -> EmbeddingService:
     return found
 
 
+def _namespace(request: Request) -> str:
+    """Of the caller's key; routes depend on a key first."""
+    found: str = getattr(request.state, "namespace", SHARED)
+    return found
+
+
 SettingsOf = Annotated[Settings, Depends(_settings)]
 RegistryOf = Annotated[Registry, Depends(_registry)]
 Contexts = Annotated[ContextService, Depends(_contexts)]
 Embedder = Annotated[EmbeddingService, Depends(_service)]
+Namespace = Annotated[str, Depends(_namespace)]
+"""Declare it behind the route's key: dependencies are resolved in order."""
 
 ModelQuery = Annotated[str | None, Query(description="Whose context; absent: the default model's")]
 
