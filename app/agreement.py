@@ -9,7 +9,7 @@ import numpy as np
 from app.domain import Arrays, FloatArray, InputType
 from app.models.loading import LoadOptions
 from app.offline import Offline
-from app.vectors import normalized
+from app.vectors import cosines_of, normalized, overlap
 
 TOP = 10
 
@@ -32,34 +32,15 @@ def measure(
     """Embeds `texts` under the context both ways, texts over the max length cut. Raises CheckpointError."""
     exact, exact_rate = _embedded(model, replace(options, context_attention="exact"), context, texts, input_type)
     frozen, frozen_rate = _embedded(model, replace(options, context_attention="frozen"), context, texts, input_type)
-    cosines = (exact.astype(np.float64) * frozen).sum(axis=1)
+    cosines = cosines_of(exact, frozen)
     return Agreement(
         texts=len(texts),
         min_cosine=float(cosines.min()),
         mean_cosine=float(cosines.mean()),
-        top10_overlap=overlap(exact, frozen),
+        top10_overlap=overlap(exact, frozen, TOP),
         exact_texts_per_second=exact_rate,
         frozen_texts_per_second=frozen_rate,
     )
-
-
-def overlap(a: FloatArray, b: FloatArray) -> float:
-    """Mean share of the nearest neighbours, itself left out, that a text has in both of a, b (n, D), unit rows."""
-    top = min(TOP, len(a) - 1)
-    if top < 1:
-        return 1.0
-    return float(
-        np.mean([len(mine & yours) / top for mine, yours in zip(_nearest(a, top), _nearest(b, top), strict=True)])
-    )
-
-
-def _nearest(vectors: FloatArray, top: int) -> list[set[int]]:
-    found = []
-    for i, row in enumerate(vectors):
-        scores = vectors @ row
-        scores[i] = -np.inf
-        found.append(set(np.argpartition(-scores, top - 1)[:top].tolist()))
-    return found
 
 
 def _embedded(

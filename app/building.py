@@ -1,19 +1,66 @@
-"""Documents -> a context's arrays: token ids, the id they make, and the first stage in slices."""
+"""Documents -> a context: token ids, the id they make, the first stage in slices, and the choice of diverse ones."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.domain import DATASET_EMBEDDINGS, Arrays, FloatArray, InputType, Payload, Stage, TokenizedText
+from app.domain import (
+    DATASET_EMBEDDINGS,
+    Arrays,
+    DocumentCounts,
+    FloatArray,
+    InputType,
+    Payload,
+    Selection,
+    Stage,
+    TokenizedText,
+)
 from app.engine.engine import Engine
 from app.errors import FirstStageUnavailable, InvalidRequest, QueueFull
-from app.payloads import id_of_documents
+from app.payloads import id_of_candidates, id_of_documents
 from app.registry import ServedModel
-from app.selection import Minicorpus, repeated
+from app.selection import Minicorpus, farthest_first, repeated
 
 SLICE = 16
 """Documents of one first-stage submission: small, so that queries pass between them."""
+
+Progress = Callable[[int], None]
+"""Told how many documents are through the first stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A context before its first stage. `id`: by what it is chosen from while that is more than what is chosen."""
+
+    id: str
+    documents: Sequence[str]
+    tokens: Sequence[TokenizedText]
+    selection: Selection
+    counts: DocumentCounts
+    corpus_size: int
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether `documents` are the context's, and no candidates."""
+        return self.selection.method != "diverse" or len(self.documents) <= self.corpus_size
+
+    @property
+    def total(self) -> int:
+        """Documents that go through the first stage."""
+        return len(self.documents)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A context behind its first stage."""
+
+    id: str
+    arrays: Arrays
+    documents: Sequence[str]
+    selection: Selection
+    counts: DocumentCounts
 
 
 class ContextBuilder:
@@ -23,43 +70,90 @@ class ContextBuilder:
         self._engine = engine
         self._building: dict[str, asyncio.Task[Arrays]] = {}
 
-    async def identify(
-        self, served: ServedModel, minicorpus: Minicorpus, *, param: str, allow_empty: bool = False
-    ) -> tuple[str, list[TokenizedText]]:
-        """The context's id and its documents' tokens. Raises InvalidRequest where no document has text."""
+    async def plan(
+        self,
+        served: ServedModel,
+        minicorpus: Minicorpus,
+        *,
+        param: str,
+        allow_empty: bool = False,
+    ) -> Plan:
+        """Tokens and id. Raises InvalidRequest where no document has text."""
         documents, spec = minicorpus.documents(), served.spec
         if not documents and not allow_empty:
             raise InvalidRequest(f"Invalid '{param}': at least one document with text is needed.", param=param)
         tokens = await asyncio.to_thread(
             served.tokenizer.texts, documents, InputType.DOCUMENT, InputType.DOCUMENT, truncate=True
         )
-        return id_of_documents(spec, spec.prompts[InputType.DOCUMENT], tokens), tokens
+        plan = Plan("", documents, tokens, minicorpus.selection, minicorpus.counts(), spec.corpus_size)
+        prompt = spec.prompts[InputType.DOCUMENT]
+        if plan.is_chosen:
+            if plan.selection.method == "diverse":  # nothing is left out
+                everything = replace(plan.selection, candidates=len(documents), coverage_radius=0.0)
+                plan = replace(plan, selection=everything)
+            return _chosen(replace(plan, id=id_of_documents(spec, prompt, tokens)), served)
+        return replace(plan, id=id_of_candidates(spec, prompt, tokens, plan.selection))
 
-    async def build(self, served: ServedModel, context_id: str, tokens: Sequence[TokenizedText]) -> Arrays:
-        """The first stage over all documents; equal contexts asked for at once are built once."""
+    async def build(self, served: ServedModel, plan: Plan, progress: Progress = lambda _: None) -> Outcome:
+        """The first stage over all documents. Raises FirstStageUnavailable, and what the engine raises."""
         if not served.spec.has_first_stage:
             raise FirstStageUnavailable(
-                f"{served.id} is served without its first stage: import dataset embeddings with "
+                f"{served.spec.id} is served without its first stage: import dataset embeddings with "
                 f"PUT /v1/contexts/NAME/embeddings instead.",
                 param="documents",
             )
-        task = self._building.get(context_id)
+        known: Mapping[TokenizedText, FloatArray] = {}
+        if not plan.is_chosen:
+            plan, known = await self._diverse(served, plan, progress)
+        task = self._building.get(plan.id)
         if task is None:
-            task = asyncio.create_task(self._first_stage(served, context_id, tokens))
-            self._building[context_id] = task
-            task.add_done_callback(lambda _: self._building.pop(context_id, None))
-        return await asyncio.shield(task)
+            task = asyncio.create_task(self._first_stage(served, plan, known, progress))
+            self._building[plan.id] = task
+            task.add_done_callback(lambda _: self._building.pop(plan.id, None))
+        return Outcome(plan.id, await asyncio.shield(task), plan.documents, plan.selection, plan.counts)
 
-    async def _first_stage(self, served: ServedModel, context_id: str, tokens: Sequence[TokenizedText]) -> Arrays:
-        corpus = await asyncio.to_thread(served.model.corpus_arrays, tokens)
-        payload = Payload(f"{context_id}:corpus", corpus)
-        rows: list[FloatArray] = []
-        for start in range(0, len(tokens), SLICE):
-            rows.extend(await self._slice(served, tokens[start : start + SLICE], payload))
+    async def _diverse(
+        self, served: ServedModel, plan: Plan, progress: Progress
+    ) -> tuple[Plan, Mapping[TokenizedText, FloatArray]]:
+        """The plan of the documents that lie farthest apart, and the vectors that need no second computation."""
+        corpus, vectors = await self._vectors(served, plan, {}, progress)
+        chosen, radius = await asyncio.to_thread(farthest_first, np.stack(vectors), plan.corpus_size)
+        tokens = [plan.tokens[i] for i in chosen]
+        selection = replace(plan.selection, candidates=len(plan.documents), coverage_radius=radius)
+        counts = replace(plan.counts, chosen=len(chosen))
+        fewer = replace(
+            plan,
+            id=id_of_documents(served.spec, served.spec.prompts[InputType.DOCUMENT], tokens),
+            documents=[plan.documents[i] for i in chosen],
+            tokens=tokens,
+            selection=selection,
+            counts=counts,
+        )
+        known = {} if corpus else dict(zip(plan.tokens, vectors, strict=True))
+        return _chosen(fewer, served), known
+
+    async def _first_stage(
+        self, served: ServedModel, plan: Plan, known: Mapping[TokenizedText, FloatArray], progress: Progress
+    ) -> Arrays:
+        corpus, rows = await self._vectors(served, plan, known, progress)
         if served.spec.corpus_size_is_exact:
             rows = repeated(rows, served.spec.corpus_size)
         embeddings = np.stack(rows) if rows else np.empty((0, served.spec.hidden_size), np.float32)
         return {**corpus, DATASET_EMBEDDINGS: embeddings}
+
+    async def _vectors(
+        self, served: ServedModel, plan: Plan, known: Mapping[TokenizedText, FloatArray], progress: Progress
+    ) -> tuple[Arrays, list[FloatArray]]:
+        """What the first stage takes from all documents together, and their vectors (hidden_size,), in order."""
+        corpus = await asyncio.to_thread(served.model.corpus_arrays, plan.tokens)
+        payload = Payload(f"{plan.id}:corpus", corpus)
+        vectors = dict(known)
+        missing = [text for text in plan.tokens if text not in vectors]
+        for start in range(0, len(missing), SLICE):
+            some = missing[start : start + SLICE]
+            vectors |= zip(some, await self._slice(served, some, payload), strict=True)
+            progress(min(plan.total, start + len(some)))
+        return corpus, [vectors[text] for text in plan.tokens]
 
     async def _slice(self, served: ServedModel, tokens: Sequence[TokenizedText], payload: Payload) -> FloatArray:
         while True:
@@ -69,3 +163,11 @@ class ContextBuilder:
                 await asyncio.sleep(0.2)
             else:
                 return await asyncio.wrap_future(future)
+
+
+def _chosen(plan: Plan, served: ServedModel) -> Plan:
+    """With the counts that are known once the documents are."""
+    spec = served.spec
+    short = spec.corpus_size - len(plan.tokens) if spec.corpus_size_is_exact else 0
+    truncated = sum(text.truncated for text in plan.tokens)
+    return replace(plan, counts=replace(plan.counts, truncated=truncated, repeated=short))

@@ -97,22 +97,37 @@ class DocumentCounts:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """How the minicorpus is chosen from the documents."""
+    """How the minicorpus is chosen from the documents.
 
-    method: Literal["random", "first", "import"] = "random"
+    `diverse`: from how many `candidates`, and the largest cosine distance, 0 to 2, of one of them to the nearest
+    chosen document in the first stage's vectors.
+    """
+
+    method: Literal["random", "first", "diverse", "import"] = "random"
     seed: int = 0
+    candidates: int | None = None
+    coverage_radius: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where context names live: a model, and the namespace of a key."""
+
+    model: str
+    namespace: str = SHARED
 
 
 @dataclass(frozen=True, slots=True)
 class ContextInfo:
-    """A stored context version without its payload."""
+    """A stored context version without its payload. `progress`: documents through the first stage, and all."""
 
     id: str
-    model: str
+    space: Space
     model_revision: str
     name: str
     version: int
     status: ContextStatus
+    progress: tuple[int, int]
     created_at: datetime
     selection: Selection
     documents: DocumentCounts

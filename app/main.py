@@ -16,7 +16,9 @@ from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
-from app.contexts import ContextService
+from app.building import ContextBuilder
+from app.catalog import Catalog
+from app.contexts import Contexts
 from app.domain import DEFAULT_CONTEXT, Stage
 from app.engine.engine import Engine
 from app.errors import NotReady, ServiceError, ShuttingDown, StartupError, StoreError, UnknownContextNamed
@@ -63,6 +65,9 @@ class Server:
     async def stop(self) -> None:
         """Answers what was admitted, then lets go of everything."""
         self._state = "shutting down"
+        catalog: Catalog | None = getattr(self._app.state, "catalog", None)
+        if catalog is not None:  # no build ends within a drain; each is begun anew when it is asked for again
+            await catalog.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, DRAIN_SECONDS)
         if self._store is not None:
@@ -113,7 +118,15 @@ class Server:
         )
         self._engine.start()
         state.registry = registry
-        state.contexts = ContextService(registry, self._engine, self._store, cache_bytes=settings.contexts.cache_bytes)
+        builder, wanted = ContextBuilder(self._engine), settings.contexts
+        state.contexts = Contexts(builder, self._store, cache_bytes=wanted.cache_bytes, default=wanted.default)
+        state.catalog = Catalog(
+            state.contexts,
+            builder,
+            self._store,
+            keep_documents=wanted.keep_documents,
+            candidates=wanted.diverse_candidates,
+        )
         policy = EmbedPolicy(
             max_tokens=limits.max_tokens_per_request,
             truncate=settings.truncate,
@@ -124,7 +137,7 @@ class Server:
         vectors = VectorCache(self._engine, max_bytes=limits.vector_cache_bytes)
         state.service = EmbeddingService(registry, state.contexts, vectors, policy)
         for served in models:
-            if await state.contexts.ensure_default(served):
+            if await state.catalog.ensure_default(served):
                 self._probed.append(served)
             else:
                 log.warning("%s has no default context: it is served without its first stage", served.id)

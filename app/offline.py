@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from app.building import ContextBuilder
-from app.contexts import neutral_documents
+from app.catalog import neutral_documents
 from app.domain import Arrays, FloatArray, InputType, ModelSpec, Payload, Selection, Stage, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServiceError
@@ -99,5 +99,6 @@ class Offline:
 
     async def _built(self, minicorpus: Minicorpus, *, allow_empty: bool = False) -> Payload:
         builder = ContextBuilder(self.engine)
-        context_id, tokens = await builder.identify(self.served, minicorpus, param="documents", allow_empty=allow_empty)
-        return Payload(context_id, await builder.build(self.served, context_id, tokens))
+        plan = await builder.plan(self.served, minicorpus, param="documents", allow_empty=allow_empty)
+        outcome = await builder.build(self.served, plan)
+        return Payload(outcome.id, outcome.arrays)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from safetensors.torch import load
 
-from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
+from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, Selection, TokenizedText
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -63,6 +63,12 @@ def id_of_documents(spec: ModelSpec, prompt: str, documents: Iterable[TokenizedT
     for document in documents:
         digest.update(np.asarray((len(document.input_ids), *document.input_ids), dtype="<i4").tobytes())
     return _id(digest)
+
+
+def id_of_candidates(spec: ModelSpec, prompt: str, documents: Iterable[TokenizedText], selection: Selection) -> str:
+    """The id under which a choice among these documents is begun; behind the first stage the chosen ones decide."""
+    inner = id_of_documents(spec, prompt, documents)
+    return _id(_digest(spec, "candidates", inner, selection.method, str(selection.seed)))
 
 
 def id_of_arrays(spec: ModelSpec, arrays: Arrays) -> str:

@@ -2,7 +2,8 @@
 
 `random` is reservoir sampling with content-keyed priorities (bottom-k): each document's priority is a hash of the seed
 and its text, and the k smallest stay. Every distinct document is equally likely to be chosen, equal documents count
-once, and neither the order of the corpus nor how it was sent changes the choice.
+once, and neither the order of the corpus nor how it was sent changes the choice. `diverse` takes a bounded number of
+candidates in that way, and picks among them once their vectors are known (`farthest_first`).
 """
 
 import hashlib
@@ -11,7 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from typing import TypeVar
 
-from app.domain import DocumentCounts, Selection
+import numpy as np
+
+from app.domain import DocumentCounts, FloatArray, Selection
+from app.vectors import normalized
 
 T = TypeVar("T")
 
@@ -22,9 +26,10 @@ REMEMBERED = 250_000
 class Minicorpus:
     """Takes documents one by one and holds the chosen ones."""
 
-    def __init__(self, selection: Selection, size: int) -> None:
-        self._selection = selection
-        self._size = size
+    def __init__(self, selection: Selection, size: int, candidates: int = 0) -> None:
+        """`size`: documents of a context; `candidates`: how many `diverse` picks them from, at least."""
+        self.selection = selection
+        self._size = max(size, candidates) if selection.method == "diverse" else size
         self._key = selection.seed.to_bytes(8, "little", signed=True)
         self._kept: list[tuple[int, str]] = []  # random: a heap of (-priority, text); first: (-arrival, text)
         self._held: set[int] = set()
@@ -43,7 +48,7 @@ class Minicorpus:
             return
         if len(self._seen) < REMEMBERED:
             self._seen.add(priority)
-        rank = priority if self._selection.method == "random" else self._received
+        rank = self._received if self.selection.method == "first" else priority
         if len(self._kept) < self._size:
             heapq.heappush(self._kept, (-rank, document))
             self._held.add(priority)
@@ -53,28 +58,38 @@ class Minicorpus:
             self._held.add(priority)
 
     def documents(self) -> list[str]:
-        """The chosen documents, in the order of their priority (`random`) or arrival (`first`)."""
+        """The chosen documents, or candidates, in the order of their priority, or of arrival (`first`)."""
         return [text for _, text in sorted(self._kept, key=lambda kept: -kept[0])]
 
-    def counts(self, *, truncated: int, repeated: int) -> DocumentCounts:
-        return DocumentCounts(
-            received=self._received,
-            chosen=len(self._kept),
-            duplicates=self._duplicates,
-            truncated=truncated,
-            repeated=repeated,
-        )
+    def counts(self) -> DocumentCounts:
+        return DocumentCounts(received=self._received, chosen=len(self._kept), duplicates=self._duplicates)
 
     def _priority(self, document: str) -> int:
         raw = document.encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=self._key).digest(), "big")
 
 
-def select(documents: Iterable[str], selection: Selection, size: int) -> Minicorpus:
-    minicorpus = Minicorpus(selection, size)
+def select(documents: Iterable[str], selection: Selection, size: int, candidates: int = 0) -> Minicorpus:
+    minicorpus = Minicorpus(selection, size, candidates)
     for document in documents:
         minicorpus.add(document)
     return minicorpus
+
+
+def farthest_first(vectors: FloatArray, size: int) -> tuple[list[int], float]:
+    """Greedy k-center on vectors (n, hidden_size) by cosine distance (Gonzalez, 1985): within twice the best radius.
+
+    Begins with the first row, then always takes the one farthest from all that are taken. Returns the taken rows, at
+    most `size`, and the radius: the largest distance of a row to the nearest taken one.
+    """
+    unit = normalized(vectors)
+    chosen, nearest = [0], 1.0 - unit @ unit[0]
+    while len(chosen) < min(size, len(unit)):
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, 1.0 - unit @ unit[chosen[-1]])
+        nearest[chosen] = -1.0  # an equal vector is no second choice before all others
+    nearest[chosen] = 0.0
+    return chosen, max(0.0, float(nearest.max()))
 
 
 def repeated(items: Sequence[T], size: int) -> list[T]:

@@ -1,13 +1,13 @@
 """The use case behind `/v1/embeddings`: names -> model and context, tokens -> the engine, vectors -> the answer."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from app.contexts import ContextService
-from app.domain import DEFAULT_CONTEXT, SHARED, Embeddings, FloatArray, InputType, Payload, TokenizedText
+from app.contexts import Contexts
+from app.domain import DEFAULT_CONTEXT, SHARED, ContextInfo, Embeddings, FloatArray, InputType, Payload, TokenizedText
 from app.errors import (
     ContextModelMismatch,
     ContextNotFound,
@@ -60,15 +60,25 @@ class EmbedPolicy:
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    payload: Payload
+    """A context: its id now, its arrays when they are needed."""
+
+    id: str
+    load: Callable[[], Awaitable[Payload]]
     name: str | None
     fell_back: bool = False
+
+    @classmethod
+    def stored(cls, info: ContextInfo, payload: Payload, *, fell_back: bool = False) -> "_Resolved":
+        async def load() -> Payload:
+            return payload
+
+        return cls(info.id, load, info.name, fell_back)
 
 
 class EmbeddingService:
     """Embeds texts under contexts."""
 
-    def __init__(self, registry: Registry, contexts: ContextService, vectors: VectorCache, policy: EmbedPolicy) -> None:
+    def __init__(self, registry: Registry, contexts: Contexts, vectors: VectorCache, policy: EmbedPolicy) -> None:
         self.registry = registry
         self._contexts = contexts
         self._vectors = vectors
@@ -92,14 +102,14 @@ class EmbeddingService:
                 param="input",
             )
         context = await self._context(choice, request)
-        fingerprint = served.spec.fingerprint(context.payload.key, dimensions, normalized=request.normalize)
+        fingerprint = served.spec.fingerprint(context.id, dimensions, normalized=request.normalize)
         if request.expect_fingerprint not in (None, fingerprint):
             raise FingerprintMismatch(
                 f"These vectors would have fingerprint {fingerprint}, not the expected one: model, context or options "
                 f"differ from the ones the index was made with.",
                 param="x-expect-fingerprint",
             )
-        raw = await self._vectors.embed(served, tokens, context.payload)
+        raw = await self._vectors.embed(served, tokens, await context.load())
         vectors = _finished(raw, dimensions, normalize=request.normalize)
         compute_tokens = prompt_tokens + served.spec.context_rows * len(tokens)
         TOKENS.labels(served.id).inc(prompt_tokens)
@@ -109,7 +119,7 @@ class EmbeddingService:
             compute_tokens=compute_tokens,
             truncated_inputs=[i for i, text in enumerate(tokens) if text.truncated],
             model=request.model,
-            context_id=context.payload.key,
+            context_id=context.id,
             context_name=context.name,
             fell_back=context.fell_back,
             fingerprint=fingerprint,
@@ -159,20 +169,21 @@ class EmbeddingService:
                     f"Documents came in 'context', and {_named(sources)} names a stored context. Send one of them.",
                     param="context",
                 )
-            return _Resolved(await self._contexts.inline(choice.served, request.inline_documents), None)
+            inline = await self._contexts.inline(choice.served, request.inline_documents)
+            return _Resolved(inline.id, inline.load, None)
         text = _agreed("context", sources)
         if text is None:
-            return await self._fallback(choice.served)
+            return await self._fallback(choice.served, request.namespace)
         ref = parse_ref(text, param=next(iter(sources)))
         try:
-            info, payload = await self._contexts.resolve(choice.served, ref)
+            info, payload = await self._contexts.resolve(choice.served, ref, request.namespace)
         except UnknownContextNamed as error:
             if "model" in sources:  # the model name as a whole names nothing
                 raise ContextNotFound(error.message, param="model") from error
             raise
-        return _Resolved(payload, info.name)
+        return _Resolved.stored(info, payload)
 
-    async def _fallback(self, served: ServedModel) -> _Resolved:
+    async def _fallback(self, served: ServedModel, namespace: str) -> _Resolved:
         name = self._policy.default_context
         if self._policy.require_context:
             raise ContextRequired(
@@ -181,13 +192,13 @@ class EmbeddingService:
                 param="context",
             )
         try:
-            info, payload = await self._contexts.resolve(served, parse_ref(name))
+            info, payload = await self._contexts.resolve(served, parse_ref(name), namespace)
         except (UnknownContextNamed, ContextModelMismatch) as error:
             raise ContextRequired(
                 f"There is no default context '{name}' for {served.id} yet. Name a context, or create '{name}'.",
                 param="context",
             ) from error
-        return _Resolved(payload, info.name, fell_back=name == DEFAULT_CONTEXT)
+        return _Resolved.stored(info, payload, fell_back=name == DEFAULT_CONTEXT)
 
 
 def _agreed(what: str, sources: Mapping[str, str]) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -94,7 +94,15 @@ class ContextSettings(_Group):
     default: str = Field("default", description="Name of the context for requests that name none")
     require_context: bool = Field(False, description="Answer 400 to requests that name none")
     cache_bytes: Positive = Field(256 * 2**20, description="Contexts held in memory, stored and sent with requests")
-    database_url: str | None = Field(None, description="SQLAlchemy URL; absent: SQLite in `data_dir`")
+    database_url: SecretStr | None = Field(
+        None,
+        description="PostgreSQL (postgresql://USER:PASSWORD@HOST/DATABASE), shared by several servers; absent: "
+        "SQLite in `data_dir`",
+    )
+    keep_documents: bool = Field(False, description="Keep the chosen texts with each context, not only their vectors")
+    diverse_candidates: Positive = Field(
+        2048, description="Documents that `diverse` chooses from; all of them go through the first stage"
+    )
 
 
 class Settings(_Group):
@@ -115,7 +123,14 @@ class Settings(_Group):
 
     @property
     def database_url(self) -> str:
-        return self.contexts.database_url or f"sqlite:///{self.data_dir / 'contexts.sqlite3'}"
+        """The secret is out from here on."""
+        given = self.contexts.database_url
+        return given.get_secret_value() if given else f"sqlite:///{self.database_file}"
+
+    @property
+    def database_file(self) -> Path:
+        """SQLite's, where no other database is named."""
+        return self.data_dir / "contexts.sqlite3"
 
     @model_validator(mode="after")
     def _cross_check(self) -> Self:

@@ -1,35 +1,48 @@
-"""/v1/contexts: create, import, list, get, export, versions, rollback, delete."""
+"""/v1/contexts: create, import, list, get, export, versions, rollback, delete, compare."""
 
 import asyncio
 from typing import Annotated, Any, Literal
 
+import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app.api.auth import CanReadContexts, CanWriteContexts
 from app.api.body import json_body, media_type, ndjson_lines, parse_json, read_body, validated
-from app.api.dependencies import Contexts, ModelOf, ModelQuery, RegistryOf, SettingsOf, admitted
-from app.api.openapi import arrays, takes
-from app.api.schemas import (
-    NPY,
-    SAFETENSORS,
+from app.api.context_schemas import (
+    CompatibilityRequest,
     ContextRequest,
-    ORJSONResponse,
     RollbackRequest,
-    SelectionRequest,
+    StreamParameters,
+    compatibility_body,
     context_body,
-    list_body,
+    dry_run_body,
 )
-from app.contexts import ContextService
-from app.domain import ContextInfo, Selection
+from app.api.dependencies import (
+    CatalogOf,
+    Embedder,
+    ModelOf,
+    ModelQuery,
+    Namespace,
+    RegistryOf,
+    SettingsOf,
+    SpaceOf,
+    admitted,
+)
+from app.api.openapi import arrays, takes
+from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
+from app.catalog import Catalog, Creation
+from app.compatibility import Comparison, compare
+from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import InvalidRequest, UnsupportedMediaType
 from app.payloads import from_npy, from_safetensors, to_npy, to_safetensors
 from app.registry import Registry, ServedModel, check_name, parse_ref
-from app.selection import Minicorpus, select
+from app.selection import Minicorpus
 
 router = APIRouter(tags=["contexts"], dependencies=[Depends(admitted)])
 
-MAX_DIGITS = 20
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+
+Wait = Annotated[bool, Query(description="false: answer 202 at once, and build it behind")]
 
 
 @router.post("/v1/contexts", status_code=201, openapi_extra=takes(ContextRequest, NDJSON[0]))
@@ -37,42 +50,56 @@ async def create_context(
     request: Request,
     settings: SettingsOf,
     _key: CanWriteContexts,
-    service: Contexts,
+    catalog: CatalogOf,
     registry: RegistryOf,
+    namespace: Namespace,
     *,
     model: ModelQuery = None,
+    wait: Wait = True,
 ) -> Response:
     """A context from documents: JSON, or NDJSON of any length with the parameters in the query string."""
     if media_type(request) in NDJSON:
-        return await _create_from_stream(request, service, registry, settings.limits.max_line_bytes)
+        return await _create_from_stream(request, catalog, registry, namespace, settings.limits.max_line_bytes)
     body = await json_body(ContextRequest)(request)
     served = _of_body(registry, body.model, model)
-    selection = Selection(body.selection.method, body.selection.seed)
+    minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
     check_name(body.name)
-    minicorpus = await asyncio.to_thread(select, body.documents, selection, served.spec.corpus_size)
-    return _created(await service.create(served, body.name, minicorpus, selection, body.metadata))
+    await asyncio.to_thread(_add_all, minicorpus, body.documents)
+    creation = Creation(body.name, body.metadata, namespace, wait)
+    return await _created(catalog, served, creation, minicorpus, dry_run=body.dry_run)
 
 
 async def _create_from_stream(
-    request: Request, service: ContextService, registry: Registry, max_line_bytes: int
+    request: Request, catalog: Catalog, registry: Registry, namespace: str, max_line_bytes: int
 ) -> Response:
-    query = request.query_params
-    known = {"name", "model", "method", "seed"}
-    unknown = next((key for key in query if key not in known), None)
-    if unknown or "name" not in query:
-        problem = f"Unknown query parameter: '{unknown[:80]}'." if unknown else "Missing required parameter: 'name'."
-        raise InvalidRequest(f"{problem} NDJSON uploads take ?name=…&model=…&method=…&seed=…", param=unknown or "name")
-    seed = query.get("seed", "0")
-    if not seed.removeprefix("-").isdecimal() or len(seed) > MAX_DIGITS:
-        raise InvalidRequest("Invalid 'seed': it is a whole number.", param="seed")
-    wanted = validated(SelectionRequest, {"method": query.get("method", "random"), "seed": int(seed)})
-    selection = Selection(wanted.method, wanted.seed)
-    served = registry.get(query["model"]) if query.get("model") else registry.default
-    name = check_name(query["name"])
-    minicorpus = Minicorpus(selection, served.spec.corpus_size)
+    given = validated(StreamParameters, dict(request.query_params))
+    served = registry.get(given.model) if given.model else registry.default
+    creation = Creation(check_name(given.name), given.metadata, namespace, given.wait)
+    minicorpus = catalog.minicorpus(served, Selection(given.method, given.seed))
     async for number, line in ndjson_lines(request, max_line_bytes):
         minicorpus.add(_document(number, line))
-    return _created(await service.create(served, name, minicorpus, selection, {}))
+    return await _created(catalog, served, creation, minicorpus, dry_run=given.dry_run)
+
+
+async def _created(
+    catalog: Catalog, served: ServedModel, creation: Creation, minicorpus: Minicorpus, *, dry_run: bool
+) -> Response:
+    if dry_run:
+        new, _ = await catalog.plan(served, creation, minicorpus)
+        return ORJSONResponse(dry_run_body(new))
+    return _stored(*await catalog.create(served, creation, minicorpus))
+
+
+def _stored(info: ContextInfo, created: bool) -> Response:
+    if info.status is ContextStatus.IN_PROGRESS:
+        headers = {"Location": f"/v1/contexts/{info.id}", "Retry-After": "2"}
+        return ORJSONResponse(context_body(info), status_code=202, headers=headers)
+    return ORJSONResponse(context_body(info), status_code=201 if created else 200)
+
+
+def _add_all(minicorpus: Minicorpus, documents: list[str]) -> None:
+    for document in documents:
+        minicorpus.add(document)
 
 
 def _document(number: int, line: bytes) -> str:
@@ -91,7 +118,14 @@ def _document(number: int, line: bytes) -> str:
 
 @router.put("/v1/contexts/{name}/embeddings", status_code=201, openapi_extra=arrays())
 async def import_context(
-    request: Request, settings: SettingsOf, _key: CanWriteContexts, service: Contexts, served: ModelOf, name: str
+    request: Request,
+    settings: SettingsOf,
+    _key: CanWriteContexts,
+    catalog: CatalogOf,
+    served: ModelOf,
+    *,
+    namespace: Namespace,
+    name: str,
 ) -> Response:
     """A context from dataset embeddings made elsewhere: safetensors, or .npy where it is one array."""
     kind = media_type(request)
@@ -104,14 +138,15 @@ async def import_context(
         arrays = await asyncio.to_thread(parse, data)
     except ValueError as error:
         raise InvalidRequest(f"The body cannot be read: {error}.", param="body") from error
-    return _created(await service.import_arrays(served, name, arrays, {}))
+    return _stored(*await catalog.import_arrays(served, Creation(name, {}, namespace), arrays))
 
 
 @router.get("/v1/contexts")
 async def list_contexts(
     _key: CanReadContexts,
-    service: Contexts,
+    catalog: CatalogOf,
     registry: RegistryOf,
+    namespace: Namespace,
     *,
     model: ModelQuery = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -120,29 +155,37 @@ async def list_contexts(
 ) -> Response:
     """The version each name points at, of all models or of one."""
     served = registry.get(model) if model else None
-    page = await service.list_current(served, after=after, limit=limit, newest_first=order == "desc")
+    page = await catalog.list_current(namespace, served, after=after, limit=limit, newest_first=order == "desc")
     return ORJSONResponse(list_body([context_body(info) for info in page.items], has_more=page.has_more))
 
 
 @router.get("/v1/contexts/{ref}")
-async def get_context(_key: CanReadContexts, service: Contexts, served: ModelOf, ref: str) -> Response:
-    info = await service.get(served, parse_ref(ref, param="ref"))
-    return ORJSONResponse(context_body(info))
+async def get_context(_key: CanReadContexts, catalog: CatalogOf, space: SpaceOf, ref: str) -> Response:
+    """In any state: in_progress, completed or failed."""
+    return ORJSONResponse(context_body(await catalog.get(space, parse_ref(ref, param="ref"))))
 
 
 @router.get("/v1/contexts/{name}/versions")
-async def list_versions(_key: CanReadContexts, service: Contexts, served: ModelOf, name: str) -> Response:
+async def list_versions(_key: CanReadContexts, catalog: CatalogOf, space: SpaceOf, name: str) -> Response:
     """Newest first."""
-    found = await service.versions(served, name)
+    found = await catalog.versions(space, name)
     return ORJSONResponse(list_body([context_body(info) for info in found]))
+
+
+@router.get("/v1/contexts/{ref}/documents")
+async def list_documents(_key: CanReadContexts, catalog: CatalogOf, space: SpaceOf, ref: str) -> Response:
+    """The chosen texts as NDJSON, as they are uploaded, where the operator keeps them (`contexts.keep_documents`)."""
+    found = await catalog.texts(space, parse_ref(ref, param="ref"))
+    lines = b"".join(orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in found)
+    return Response(lines, media_type=NDJSON[0])
 
 
 @router.get("/v1/contexts/{ref}/embeddings")
 async def export_context(
-    request: Request, _key: CanReadContexts, service: Contexts, served: ModelOf, ref: str
+    request: Request, _key: CanReadContexts, catalog: CatalogOf, space: SpaceOf, ref: str
 ) -> Response:
     """The arrays: safetensors, or .npy with `Accept: application/x-npy`."""
-    info, arrays = await service.export(served, parse_ref(ref, param="ref"))
+    info, arrays = await catalog.export(space, parse_ref(ref, param="ref"))
     npy = NPY in request.headers.get("accept", "")
     try:
         content = await asyncio.to_thread(to_npy if npy else to_safetensors, arrays)
@@ -156,8 +199,9 @@ async def export_context(
 @router.post("/v1/contexts/{name}/rollback", openapi_extra=takes(RollbackRequest))
 async def rollback_context(
     _key: CanWriteContexts,
-    service: Contexts,
+    catalog: CatalogOf,
     registry: RegistryOf,
+    namespace: Namespace,
     name: str,
     body: Annotated[RollbackRequest, Depends(json_body(RollbackRequest))],
     *,
@@ -165,14 +209,30 @@ async def rollback_context(
 ) -> Response:
     """Points a name at one of its versions."""
     served = _of_body(registry, body.model, model)
-    info = await service.rollback(served, name, body.version)
-    return ORJSONResponse(context_body(info))
+    return ORJSONResponse(context_body(await catalog.rollback(Space(served.id, namespace), name, body.version)))
+
+
+@router.post("/v1/contexts/{ref}/compatibility", openapi_extra=takes(CompatibilityRequest))
+async def compare_contexts(
+    _key: CanReadContexts,
+    embedder: Embedder,
+    registry: RegistryOf,
+    namespace: Namespace,
+    ref: str,
+    body: Annotated[CompatibilityRequest, Depends(json_body(CompatibilityRequest))],
+    *,
+    model: ModelQuery = None,
+) -> Response:
+    """How far two contexts part on the given texts: cosine of the two vectors, and overlap of nearest neighbours."""
+    served = _of_body(registry, body.model, model)
+    comparison = Comparison(served, ref, body.with_, body.texts, body.input_type, body.top_k, namespace)
+    return ORJSONResponse(compatibility_body(await compare(embedder, comparison)))
 
 
 @router.delete("/v1/contexts/{ref}")
-async def delete_context(_key: CanWriteContexts, service: Contexts, served: ModelOf, ref: str) -> Response:
+async def delete_context(_key: CanWriteContexts, catalog: CatalogOf, space: SpaceOf, ref: str) -> Response:
     """By name: the name and all its versions; by id or name.version: that one."""
-    await service.delete(served, parse_ref(ref, param="ref"))
+    await catalog.delete(space, parse_ref(ref, param="ref"))
     return ORJSONResponse({"id": ref, "object": "context.deleted", "deleted": True})
 
 
@@ -182,8 +242,3 @@ def _of_body(registry: Registry, named: str | None, query: str | None) -> Served
         raise InvalidRequest("'model' in the body and in the query string name different models.", param="model")
     name = named or query
     return registry.get(name) if name else registry.default
-
-
-def _created(result: tuple[ContextInfo, bool]) -> Response:
-    info, created = result
-    return ORJSONResponse(context_body(info), status_code=201 if created else 200)

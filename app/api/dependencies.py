@@ -4,8 +4,9 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Query, Request
 
-from app.contexts import ContextService
-from app.domain import SHARED
+from app.catalog import Catalog
+from app.contexts import Contexts
+from app.domain import SHARED, Space
 from app.registry import Registry, ServedModel
 from app.service import EmbeddingService
 from app.settings import Settings
@@ -39,8 +40,13 @@ def _registry(request: Request) -> Registry:
     return found
 
 
-def _contexts(request: Request) -> ContextService:
-    found: ContextService = request.app.state.contexts
+def _contexts(request: Request) -> Contexts:
+    found: Contexts = request.app.state.contexts
+    return found
+
+
+def _catalog(request: Request) -> Catalog:
+    found: Catalog = request.app.state.catalog
     return found
 
 
@@ -57,7 +63,8 @@ def _namespace(request: Request) -> str:
 
 SettingsOf = Annotated[Settings, Depends(_settings)]
 RegistryOf = Annotated[Registry, Depends(_registry)]
-Contexts = Annotated[ContextService, Depends(_contexts)]
+ContextsOf = Annotated[Contexts, Depends(_contexts)]
+CatalogOf = Annotated[Catalog, Depends(_catalog)]
 Embedder = Annotated[EmbeddingService, Depends(_service)]
 Namespace = Annotated[str, Depends(_namespace)]
 """Declare it behind the route's key: dependencies are resolved in order."""
@@ -70,3 +77,11 @@ def _of_query(registry: RegistryOf, model: ModelQuery = None) -> ServedModel:
 
 
 ModelOf = Annotated[ServedModel, Depends(_of_query)]
+
+
+def _space(served: ModelOf, namespace: Namespace) -> Space:
+    return Space(served.id, namespace)
+
+
+SpaceOf = Annotated[Space, Depends(_space)]
+"""Behind the route's key, as `Namespace`."""

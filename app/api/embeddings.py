@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Header, Response
 
 from app.api.auth import CanEmbed
 from app.api.body import json_body
-from app.api.dependencies import Embedder, SettingsOf, admitted
+from app.api.dependencies import Embedder, Namespace, SettingsOf, admitted
 from app.api.openapi import takes
 from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, split_input
 from app.domain import Embeddings
@@ -31,6 +31,7 @@ async def create_embeddings(
     _key: CanEmbed,
     settings: SettingsOf,
     service: Embedder,
+    namespace: Namespace,
     body: Annotated[EmbeddingsRequest, Depends(json_body(EmbeddingsRequest))],
     *,
     x_context: Annotated[str | None, Header()] = None,
@@ -54,6 +55,7 @@ async def create_embeddings(
             dimensions=body.dimensions,
             normalize=body.normalize,
             expect_fingerprint=x_expect_fingerprint,
+            namespace=namespace,
         )
     )
     if len(embeddings.vectors) <= SMALL:

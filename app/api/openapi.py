@@ -6,21 +6,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from app.api.schemas import (
-    NPY,
-    SAFETENSORS,
-    ContextRequest,
-    EmbeddingsRequest,
-    ErrorBody,
-    RollbackRequest,
-    TokenizeRequest,
-    WireModel,
-)
+from app.api.context_schemas import CompatibilityRequest, ContextRequest, RollbackRequest
+from app.api.schemas import NPY, SAFETENSORS, EmbeddingsRequest, ErrorBody, TokenizeRequest, WireModel
 
 COMPONENT = "#/components/schemas/{model}"
 BODIES: tuple[type[WireModel], ...] = (
     EmbeddingsRequest,
     ContextRequest,
+    CompatibilityRequest,
     RollbackRequest,
     TokenizeRequest,
     ErrorBody,

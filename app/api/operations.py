@@ -10,11 +10,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.api.auth import AnyKey, CanEmbed
 from app.api.body import json_body
-from app.api.dependencies import Contexts, RegistryOf, SettingsOf, admitted, lifecycle
+from app.api.dependencies import CatalogOf, ContextsOf, Namespace, RegistryOf, SettingsOf, admitted, lifecycle
 from app.api.openapi import takes
 from app.api.schemas import ORJSONResponse, TokenizeRequest, model_body
 from app.domain import ContextInfo, InputType, ModelSpec
-from app.errors import ContextNotFound, InvalidRequest, UnknownContextNamed
+from app.errors import ContextModelMismatch, ContextNotFound, InvalidRequest, UnknownContextNamed
 from app.registry import parse_ref
 
 router = APIRouter(tags=["operations"])
@@ -23,7 +23,9 @@ served = APIRouter(tags=["models"], dependencies=[Depends(admitted)])
 
 
 @served.get("/v1/models")
-async def list_models(request: Request, _key: AnyKey, service: Contexts, registry: RegistryOf) -> Response:
+async def list_models(
+    request: Request, _key: AnyKey, catalog: CatalogOf, registry: RegistryOf, namespace: Namespace
+) -> Response:
     """One entry for each model, and one for each of its contexts: MODEL@CONTEXT."""
     created = request.app.state.created
     data = []
@@ -33,7 +35,7 @@ async def list_models(request: Request, _key: AnyKey, service: Contexts, registr
         more = True
         while more:
             after = found[-1].id if found else None
-            page = await service.list_current(model, after=after, limit=100, newest_first=False)
+            page = await catalog.list_current(namespace, model, after=after, limit=100, newest_first=False)
             found.extend(page.items)
             more = page.has_more
         for info in found:
@@ -43,14 +45,16 @@ async def list_models(request: Request, _key: AnyKey, service: Contexts, registr
 
 
 @served.get("/v1/models/{name:path}")
-async def get_model(request: Request, _key: AnyKey, service: Contexts, registry: RegistryOf, name: str) -> Response:
+async def get_model(
+    request: Request, _key: AnyKey, contexts: ContextsOf, registry: RegistryOf, namespace: Namespace, name: str
+) -> Response:
     choice = registry.choose(name)
     model = choice.served
     if choice.context is None:
         return ORJSONResponse(model_body(model.spec, name, request.app.state.created))
     try:
-        info, _ = await service.resolve(model, parse_ref(choice.context, param="model"))
-    except UnknownContextNamed as error:
+        info, _ = await contexts.resolve(model, parse_ref(choice.context, param="model"), namespace)
+    except (UnknownContextNamed, ContextModelMismatch) as error:
         raise ContextNotFound(error.message, param="model") from error
     return ORJSONResponse(model_body(model.spec, name, int(info.created_at.timestamp()), parent=model.id))
 

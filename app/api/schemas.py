@@ -10,10 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from app.domain import ContextInfo, Embeddings, FloatArray, ModelSpec
+from app.domain import Embeddings, FloatArray, ModelSpec
 
 SAFETENSORS, NPY = "application/vnd.safetensors", "application/x-npy"
-MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 
 
 class ORJSONResponse(Response):
@@ -67,10 +66,6 @@ Input = Annotated[
     ),
 ]
 InputTypeName = Literal["query", "document", "none"]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]],
-    Field(max_length=MAX_METADATA),
-]
 
 
 class WireModel(BaseModel):
@@ -102,24 +97,6 @@ class TokenizeRequest(WireModel):
     input: str | list[str]
     model: str | None = None
     input_type: InputTypeName | None = None
-
-
-class SelectionRequest(WireModel):
-    method: Literal["random", "first"] = "random"
-    seed: int = Field(0, ge=-(2**63), lt=2**63)
-
-
-class ContextRequest(WireModel):
-    name: str
-    documents: list[str] = Field(min_length=1)
-    model: str | None = None
-    selection: SelectionRequest = SelectionRequest()
-    metadata: Metadata = Field(default_factory=dict)
-
-
-class RollbackRequest(WireModel):
-    version: int = Field(ge=1)
-    model: str | None = None
 
 
 class ErrorDetail(WireModel):
@@ -168,33 +145,6 @@ def embeddings_body(embeddings: Embeddings, encoding_format: str) -> bytes:
 
 def _encoded(row: FloatArray, encoding_format: str) -> FloatArray | str:
     return base64.b64encode(row.tobytes()).decode() if encoding_format == "base64" else row
-
-
-def context_body(info: ContextInfo) -> dict[str, Any]:
-    documents, selection = info.documents, info.selection
-    return {
-        "object": "context",
-        "id": info.id,
-        "name": info.name,
-        "version": info.version,
-        "model": info.model,
-        "status": info.status.value,
-        "error": info.error,
-        "selection": {"method": selection.method, "seed": selection.seed},
-        "documents": {
-            "received": documents.received,
-            "chosen": documents.chosen,
-            "duplicates": documents.duplicates,
-            "truncated": documents.truncated,
-            "repeated": documents.repeated,
-        },
-        "corpus_size": info.corpus_size,
-        "dimensions": info.dimensions,
-        "usage_bytes": info.usage_bytes,
-        "metadata": dict(info.metadata),
-        "created_at": int(info.created_at.timestamp()),
-        "progress": {"done": documents.chosen, "total": documents.chosen},
-    }
 
 
 def list_body(data: Sequence[Mapping[str, Any]], *, has_more: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from app.cli.options import (
     progress,
 )
 from app.corpora import TEXT_SUFFIXES, read_records
-from app.domain import Arrays, InputType, Payload, Selection
+from app.domain import Arrays, InputType, Payload, Selection, Space
 from app.embedding_files import PartialVectors, describe
 from app.errors import ConfigError
 from app.models.base import InvalidContext
@@ -92,14 +92,16 @@ def context_payload(offline: Offline, given: str | None, seed: int, config: Path
 def _stored(offline: Offline, name: str, config: Path | None) -> tuple[str, Arrays]:
     """From the store of the server on this machine."""
     settings = load_settings({}, config)
+    if settings.contexts.database_url is None and not settings.database_file.is_file():
+        raise ConfigError(f"{name} is no file, and there is no context store in {settings.data_dir}")
     store = SqlContextStore(settings.database_url)
     try:
-        info = store.get(offline.spec.id, parse_ref(name))
+        info = store.get(Space(offline.spec.id), parse_ref(name))
         arrays = store.arrays(info.id) if info else None
     finally:
         store.close()
     if info is None or arrays is None:
-        raise ConfigError(f"{name} is neither a file nor a context of {offline.spec.id} in {settings.database_url}")
+        raise ConfigError(f"{name} is neither a file nor a context of {offline.spec.id} in the context store")
     if info.model_revision != offline.spec.revision:
         raise ConfigError(f"The context {name} was made with other weights of {offline.spec.id}")
     return info.id, arrays

@@ -2,17 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Protocol
 
-from app.domain import Arrays, ContextInfo, ContextRef, DocumentCounts, Page, Selection
+from app.domain import Arrays, ContextInfo, ContextRef, DocumentCounts, Page, Selection, Space
+
+LEASE_SECONDS = 15.0
+"""A version in progress whose builder gave no sign of life for so long has failed: its process is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewContext:
-    """A built or imported context, before it has a version."""
+    """A context before it has a version. `id`: by its content, or, until the first stage has run, by what it is
+    chosen from. `total`: documents that go through the first stage."""
 
     id: str
-    model: str
+    space: Space
     model_revision: str
     name: str
     selection: Selection
@@ -20,13 +25,50 @@ class NewContext:
     corpus_size: int
     dimensions: int
     metadata: Mapping[str, str] = field(default_factory=dict)
+    total: int = 0
+
+
+class Begun(Enum):
+    """What `begin` found."""
+
+    OURS = auto()
+    """Nothing: the caller builds the version now."""
+    THEIRS = auto()
+    """Somebody is building it."""
+    THERE = auto()
+    """It is completed, and the name points at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build gives: the content's id, its arrays, and the report. `texts`: to be kept with it, or None."""
+
+    id: str
+    arrays: Arrays
+    selection: Selection
+    documents: DocumentCounts
+    texts: Sequence[str] | None = None
 
 
 class ContextStore(Protocol):
-    """Thread-safe and synchronous; callers use the thread pool. Names belong to a model.
+    """Thread-safe and synchronous; callers use the thread pool.
 
     Every method raises StoreError when the store cannot answer. A method that returns has its effect on disk.
+    A name points at its newest completed version, or at one it was moved to; while there is none, at its newest.
     """
+
+    def begin(self, new: NewContext) -> tuple[ContextInfo, Begun]:
+        """Reserves a version in progress, unless this content has one under this name; a failed one begins anew."""
+
+    def beat(self, info: ContextInfo, done: int) -> None:
+        """The builder lives, and `done` documents are through."""
+
+    def complete(self, info: ContextInfo, built: Built) -> ContextInfo | None:
+        """The version is there. Where the name has this content already, that version stays and this one goes.
+        None: it was deleted meanwhile."""
+
+    def fail(self, info: ContextInfo, reason: str) -> None:
+        """The version in progress has failed; its name goes on pointing where it did."""
 
     def put(self, new: NewContext, arrays: Arrays) -> tuple[ContextInfo, bool]:
         """Stores a version and points its name at it, in one transaction. True: it is new.
@@ -34,31 +76,36 @@ class ContextStore(Protocol):
         The same content under the same name is the version that is there; the name points at it again.
         """
 
-    def get(self, model: str, ref: ContextRef) -> ContextInfo | None:
-        """By id (the newest version with it), name (the version it points at) or name.version."""
+    def get(self, space: Space, ref: ContextRef) -> ContextInfo | None:
+        """By id (the newest completed version with it, else the newest), name (where it points) or name.version."""
 
-    def models_of(self, ref: ContextRef) -> Sequence[str]:
-        """Which models have a context `ref`."""
+    def models_of(self, namespace: str, ref: ContextRef) -> Sequence[str]:
+        """Which models have a context `ref` there."""
 
     def arrays(self, context_id: str) -> Arrays | None:
         """The payload, checked against its checksum."""
 
-    def list_current(self, model: str | None, *, after: str | None, limit: int, newest_first: bool) -> Page | None:
+    def texts(self, context_id: str) -> Sequence[str] | None:
+        """The chosen documents, where they were kept."""
+
+    def list_current(
+        self, namespace: str, model: str | None, *, after: str | None, limit: int, newest_first: bool
+    ) -> Page | None:
         """The version each name points at. `after`: the id of the last one seen; None where there is no such context.
 
         A page may be longer than `limit` where several names hold the same content: they are never parted.
         """
 
-    def versions(self, model: str, name: str) -> Sequence[ContextInfo]:
+    def versions(self, space: Space, name: str) -> Sequence[ContextInfo]:
         """Newest first; empty where there is no such name."""
 
-    def move(self, model: str, name: str, version: int) -> ContextInfo | None:
-        """Points a name at one of its versions."""
+    def move(self, space: Space, name: str, version: int) -> ContextInfo | None:
+        """Points a name at one of its completed versions; None where there is none."""
 
-    def delete_name(self, model: str, name: str) -> bool:
+    def delete_name(self, space: Space, name: str) -> bool:
         """A name and all its versions; False where there is none."""
 
-    def delete_versions(self, model: str, ref: ContextRef) -> bool | None:
+    def delete_versions(self, space: Space, ref: ContextRef) -> bool | None:
         """The versions of an id or name.version. None: there is none. False: a name points at one, nothing is done."""
 
     def close(self) -> None: ...

@@ -5,18 +5,63 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from app.errors import StoreError
+
+MIGRATION_LOCK = 4_201_002_525
+"""PostgreSQL's advisory lock for the migrations: processes that start together run them one after the other."""
+CONFLICTS = ("40001", "40P01")
+"""SQLSTATE: serialisation failure, deadlock."""
 
 
-def open_database(url: str) -> Engine:
+def connect(url: str) -> Engine:
+    """Opens the database and brings its tables up to date. Raises StoreError, which never shows a password."""
+    try:
+        parsed = _with_driver(make_url(url))
+    except ArgumentError:
+        raise StoreError("The context store's URL cannot be read; it is like postgresql://USER@HOST/DATABASE") from None
+    try:
+        engine = _opened(parsed)
+        migrate(engine)
+    except (SQLAlchemyError, OSError, ImportError) as error:
+        reason = str(error).replace(parsed.password or "\0", "***")
+        raise StoreError(f"The context store {parsed.render_as_string()} cannot be opened: {reason}") from error
+    return engine
+
+
+def is_conflict(error: SQLAlchemyError) -> bool:
+    """Whether the transaction met another one and may simply be run again."""
+    if isinstance(error, IntegrityError):
+        return True
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in CONFLICTS
+
+
+def migrate(engine: Engine) -> None:
+    """Runs the migrations that are still to run. Raises SQLAlchemyError."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _with_driver(url: URL) -> URL:
+    """postgres:// and postgresql:// mean psycopg 3, the driver of the extra `postgres`."""
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
+
+
+def _opened(url: URL) -> Engine:
     """SQLite in write-ahead mode, every commit on disk; other databases as they are."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
@@ -31,12 +76,3 @@ def open_database(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
-
-
-def migrate(engine: Engine) -> None:
-    """Runs the migrations that are still to run. Raises SQLAlchemyError."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")

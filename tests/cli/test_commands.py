@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from app.agreement import overlap
 from app.api.auth import Keyring
 from app.cli.main import app, main
 from tests.compare import assert_same
@@ -255,13 +254,6 @@ def test_agreement_of_frozen_and_exact(run: Run, tmp_path: Path, name: str) -> N
     assert 0 <= found["top10_overlap"] <= 1
     assert found["frozen_texts_per_second"] > 0
     assert "approximate" in run(*options).stdout
-
-
-def test_overlap_by_hand() -> None:
-    a = np.eye(3, dtype=np.float32)
-    assert overlap(a, a) == 1
-    line = np.array([[1, 0], [0.9, 0.436], [0, 1]] * 8, dtype=np.float32)
-    assert 0 < overlap(line, line[::-1].copy()) < 1
 
 
 def test_nothing_to_freeze_in_the_embedded_default(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from app.errors import StoreError
 from app.registry import parse_ref
 from app.stores.sql import SqlContextStore
 from app.stores.tables import metadata
-from tests.contract.test_store import put
+from tests.contract.test_store import M, put
 
 
 def test_it_opens_again(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_it_opens_again(tmp_path: Path) -> None:
     info, _ = put(store, "legal", 1)
     store.close()
     again = SqlContextStore(url)
-    assert again.get("m", parse_ref("legal")) == info
+    assert again.get(M, parse_ref("legal")) == info
     again.close()
 
 

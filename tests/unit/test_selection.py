@@ -26,7 +26,7 @@ def test_first_keeps_the_first_distinct_documents_in_order(docs: list[str]) -> N
 
 @given(documents)
 def test_counts_add_up(docs: list[str]) -> None:
-    counts = select(docs, Selection(), 1000).counts(truncated=0, repeated=0)
+    counts = select(docs, Selection(), 1000).counts()
     blank = sum(not d.strip() for d in docs)
     assert counts.received == len(docs)
     assert counts.chosen + counts.duplicates + blank == len(docs)
@@ -58,7 +58,7 @@ def test_memory_is_bounded_by_the_choice() -> None:
     for i in range(10_000):
         corpus.add(f"text {i}")
     assert len(corpus.documents()) == 4
-    assert corpus.counts(truncated=0, repeated=0).received == 10_000
+    assert corpus.counts().received == 10_000
 
 
 def test_repeated_is_round_robin() -> None:

@@ -1,0 +1,127 @@
+"""Versions in progress: each is built by one task of one process, which gives signs of life until it is done.
+
+A version whose process died counts as failed as soon as its lease has run out (stores/rows.py), and begins anew when
+the same is asked for again.
+"""
+
+import asyncio
+import logging
+
+from app.building import ContextBuilder, Outcome, Plan
+from app.domain import ContextInfo, ContextRef, ContextStatus
+from app.errors import ContextNotFound, InvalidRequest, ServerFault, ServiceError, ShuttingDown, StoreError
+from app.registry import ServedModel
+from app.stores.base import Begun, Built, ContextStore, NewContext
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 2.0
+LOOK_SECONDS = 0.3
+"""Between two looks at a version that another process builds."""
+STOPPED = "The server was shut down while it was being built. Create it again."
+FAULT = "The first stage failed; the server's log says why."
+
+
+class Builds:
+    """Begins versions and carries them through. For one event loop."""
+
+    def __init__(self, builder: ContextBuilder, store: ContextStore, *, keep_documents: bool) -> None:
+        self._builder = builder
+        self._store = store
+        self._keep_documents = keep_documents
+        self._running: dict[tuple[object, ...], asyncio.Task[ContextInfo]] = {}
+
+    async def begin(self, served: ServedModel, new: NewContext, plan: Plan) -> tuple[ContextInfo, Begun]:
+        """The version; its build is under way unless it is there already."""
+        info, begun = await asyncio.to_thread(self._store.begin, new)
+        if begun is Begun.OURS:
+            task = asyncio.create_task(self._carry_through(served, info, plan))
+            self._running[_key(info)] = task
+            task.add_done_callback(lambda done: self._ended(info, done))
+        return info, begun
+
+    async def finished(self, info: ContextInfo) -> ContextInfo:
+        """Waits for a version that is built here or in another process. Raises what its build raised."""
+        task = self._running.get(_key(info))
+        if task is not None:
+            return await asyncio.shield(task)
+        own = ContextRef(f"{info.name}.{info.version}", name=info.name, version=info.version)
+        while True:
+            found = await asyncio.to_thread(self._store.get, info.space, own)
+            if found is None:  # deleted, or gone because the name had its content already
+                found = await asyncio.to_thread(self._store.get, info.space, ContextRef(info.id, id=info.id))
+            if found is None:
+                raise _deleted(info)
+            if found.status is ContextStatus.COMPLETED:
+                return found
+            if found.status is ContextStatus.FAILED:
+                raise ServerFault(f"The context {own.text} could not be built: {found.error}")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def close(self) -> None:
+        """Ends all builds; their versions have failed."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _carry_through(self, served: ServedModel, info: ContextInfo, plan: Plan) -> ContextInfo:
+        done = [0]
+        beating = asyncio.create_task(self._beat(info, done))
+        try:
+            outcome = await self._outcome(served, info, plan, done)
+            texts = outcome.documents if self._keep_documents else None
+            built = Built(outcome.id, outcome.arrays, outcome.selection, outcome.counts, texts)
+            completed = await asyncio.to_thread(self._store.complete, info, built)
+            if completed is None:
+                raise _deleted(info)
+        except BaseException as error:
+            await asyncio.to_thread(self._store.fail, info, _reason(error))
+            raise
+        finally:
+            beating.cancel()
+        log.info("context %s.%d is %s", completed.name, completed.version, completed.id)
+        return completed
+
+    async def _outcome(self, served: ServedModel, info: ContextInfo, plan: Plan, done: list[int]) -> Outcome:
+        """From the store where another name of this namespace has it."""
+        if plan.is_chosen:
+            same = await asyncio.to_thread(self._store.get, info.space, ContextRef(plan.id, id=plan.id))
+            if same is not None and same.status is ContextStatus.COMPLETED:
+                arrays = await asyncio.to_thread(self._store.arrays, same.id)
+                if arrays is not None:
+                    return Outcome(plan.id, arrays, plan.documents, plan.selection, plan.counts)
+
+        def progress(documents: int) -> None:
+            done[0] = documents
+
+        return await self._builder.build(served, plan, progress)
+
+    async def _beat(self, info: ContextInfo, done: list[int]) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                await asyncio.to_thread(self._store.beat, info, done[0])
+            except StoreError as error:
+                log.warning("no sign of life of %s.%d: %s", info.name, info.version, error)
+
+    def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
+        self._running.pop(_key(info), None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            shown = None if isinstance(error, ServiceError) and not isinstance(error, ServerFault) else error
+            log.error("context %s.%d failed: %s", info.name, info.version, type(error).__name__, exc_info=shown)
+
+
+def _key(info: ContextInfo) -> tuple[object, ...]:
+    return info.space, info.name, info.version
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (asyncio.CancelledError, ShuttingDown)):
+        return STOPPED
+    return error.message if isinstance(error, InvalidRequest) else FAULT
+
+
+def _deleted(info: ContextInfo) -> ContextNotFound:
+    return ContextNotFound(f"The context {info.name}.{info.version} was deleted while it was being built.", param="ref")

@@ -1,0 +1,111 @@
+"""What happens inside the transactions that begin and complete a version."""
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, func, insert, or_, select, update
+
+from app.domain import ContextInfo, ContextStatus, Space
+from app.stores import rows
+from app.stores.base import Begun, Built, NewContext
+from app.stores.tables import names, payloads, versions
+
+DONE = ContextStatus.COMPLETED.value
+
+
+def begin_version(connection: Connection, new: NewContext) -> tuple[RowMapping | dict[str, Any], Begun]:
+    """See ContextStore.begin. The name's row is locked first: two that begin the same see each other."""
+    space, name = new.space, new.name
+    last = connection.scalar(select(names.c.last_version).where(rows.named(space, name)).with_for_update())
+    same = select(versions).where(
+        rows.in_space(space), versions.c.name == name, or_(versions.c.id == new.id, versions.c.begun_id == new.id)
+    )
+    row = connection.execute(same.order_by(versions.c.version.desc())).mappings().first()
+    if row is not None and row["status"] == DONE:
+        point(connection, space, name, row["version"])
+        return row, Begun.THERE
+    if row is not None and row["status"] == ContextStatus.IN_PROGRESS.value and not rows.abandoned(row):
+        return row, Begun.THEIRS
+    fields = rows.version_fields(new, row["version"] if row is not None else (last or 0) + 1)
+    if row is not None:
+        connection.execute(update(versions).where(versions.c.seq == row["seq"]).values(fields))
+        return fields, Begun.OURS
+    if connection.scalar(select(payloads.c.seq).where(payloads.c.id == new.id)) is None:
+        connection.execute(insert(payloads).values(id=new.id))
+    connection.execute(insert(versions).values(fields))
+    if last is None:
+        key = {"namespace": space.namespace, "model": space.model, "name": name}
+        connection.execute(insert(names).values(**key, version=1, last_version=1))
+    else:
+        connection.execute(update(names).where(rows.named(space, name)).values(last_version=last + 1))
+        if _pointed_status(connection, space, name) != DONE:
+            point(connection, space, name, last + 1)
+    return fields, Begun.OURS
+
+
+def complete_version(
+    connection: Connection, info: ContextInfo, built: Built, data: bytes, documents: bytes | None
+) -> RowMapping | None:
+    """See ContextStore.complete."""
+    space, name = info.space, info.name
+    connection.execute(select(names.c.version).where(rows.named(space, name)).with_for_update())
+    if connection.scalar(select(versions.c.seq).where(one(info))) is None:
+        return None
+    _keep(connection, built.id, data, documents)
+    siblings = select(versions).where(rows.in_space(space), versions.c.name == name, versions.c.status == DONE)
+    there = connection.execute(siblings.where(versions.c.id == built.id)).mappings().first()
+    if there is not None:
+        connection.execute(delete(versions).where(one(info)))
+        sweep(connection)
+        point(connection, space, name, there["version"])
+        return there
+    fields = {
+        "id": built.id,
+        "status": DONE,
+        "error": None,
+        "done": info.progress[1],
+        "selection": asdict(built.selection),
+        "documents": asdict(built.documents),
+        "usage_bytes": len(data),
+    }
+    connection.execute(update(versions).where(one(info)).values(fields))
+    if built.id != info.id:
+        sweep(connection)
+    newest = connection.scalar(siblings.with_only_columns(func.max(versions.c.version)))
+    if newest == info.version:
+        point(connection, space, name, info.version)
+    return connection.execute(select(versions).where(one(info))).mappings().one()
+
+
+def one(info: ContextInfo) -> ColumnElement[bool]:
+    """The row of this version, however its state has changed."""
+    return and_(rows.in_space(info.space), versions.c.name == info.name, versions.c.version == info.version)
+
+
+def point(connection: Connection, space: Space, name: str, version: int) -> None:
+    connection.execute(update(names).where(rows.named(space, name)).values(version=version))
+
+
+def sweep(connection: Connection) -> None:
+    """Payloads no version holds any more."""
+    connection.execute(delete(payloads).where(payloads.c.id.not_in(select(versions.c.id))))
+
+
+def _pointed_status(connection: Connection, space: Space, name: str) -> str | None:
+    query = rows.current().where(rows.in_space(space), versions.c.name == name).with_only_columns(versions.c.status)
+    return connection.scalar(query)
+
+
+def _keep(connection: Connection, context_id: str, data: bytes, documents: bytes | None) -> None:
+    """The payload, unless it is there; documents are added to one that has none."""
+    row = connection.execute(select(payloads).where(payloads.c.id == context_id).with_for_update()).mappings().first()
+    if row is None:
+        connection.execute(insert(payloads).values(id=context_id))
+    content: dict[str, Any] = {}
+    if row is None or row["data"] is None:
+        content |= {"data": data, "sha256": hashlib.sha256(data).hexdigest()}
+    if documents is not None and (row is None or row["documents"] is None):
+        content["documents"] = documents
+    if content:
+        connection.execute(update(payloads).where(payloads.c.id == context_id).values(content))
