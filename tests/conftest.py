@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.live import V1, V2, live_server
+from tests.postgres import postgres_server
 
 BUILTIN = "builtin/minilm-context"
 
@@ -24,6 +25,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The embedded default first, then both tiny CDE models; nothing is answered from a cache of vectors."""
     folder = tmp_path_factory.mktemp("server")
     with live_server(folder, (BUILTIN, V1, V2), limits={"vector_cache_bytes": 0}) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server; `tests.postgres.new_database` makes databases on it."""
+    with postgres_server() as url:
         yield url
 
 

@@ -1,5 +1,7 @@
 """A database URL -> an engine with its tables up to date."""
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,20 @@ def connect(url: str) -> Engine:
         reason = str(error).replace(parsed.password or "\0", "***")
         raise StoreError(f"The context store {parsed.render_as_string()} cannot be opened: {reason}") from error
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """SQLite's own patience does not cover this change, which another process may be making as well."""
+    for _ in range(100):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            time.sleep(0.02)
+        else:
+            return
+    raise sqlite3.OperationalError("database is locked")
 
 
 def is_conflict(error: SQLAlchemyError) -> bool:
@@ -66,8 +82,9 @@ def _opened(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy's BEGIN below, not the driver's late one
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
+        _write_ahead(connection)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

@@ -1,13 +1,15 @@
 """The context store on SQLAlchemy: SQLite in a file (default), PostgreSQL, or any database with these tables."""
 
 import hashlib
+import random
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import orjson
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, and_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, Page, Space
@@ -17,10 +19,11 @@ from app.stores import rows
 from app.stores.base import Begun, Built, NewContext
 from app.stores.database import connect, is_conflict
 from app.stores.tables import names, payloads, versions
-from app.stores.writing import begin_version, complete_version, one, point, sweep
+from app.stores.writing import begin_version, complete_version, one, point, remove
 
-ATTEMPTS = 5
+ATTEMPTS = 8
 """Two writers that get in each other's way: one of them starts over."""
+PAUSE_SECONDS = 0.02
 
 T = TypeVar("T")
 
@@ -142,8 +145,7 @@ class SqlContextStore:
         def work(connection: Connection) -> bool:
             gone = update(names).where(rows.named(space, name), names.c.version > 0).values(version=0)
             found = connection.execute(gone).rowcount > 0
-            connection.execute(delete(versions).where(rows.in_space(space), versions.c.name == name))
-            sweep(connection)
+            remove(connection, and_(rows.in_space(space), versions.c.name == name))
             return found
 
         return self._write(work)
@@ -157,8 +159,7 @@ class SqlContextStore:
                 pointed = select(names.c.version).where(rows.named(space, row["name"])).with_for_update()
                 if connection.scalar(pointed) == row["version"]:
                     return False
-            connection.execute(delete(versions).where(versions.c.seq.in_([row["seq"] for row in found])))
-            sweep(connection)
+            remove(connection, versions.c.seq.in_([row["seq"] for row in found]))
             return True
 
         return self._write(work)
@@ -183,6 +184,7 @@ class SqlContextStore:
             except SQLAlchemyError as error:
                 if not is_conflict(error) or attempt == ATTEMPTS - 1:
                     raise _silent(error) from error
+                time.sleep(PAUSE_SECONDS * attempt * random.random())  # noqa: S311 - not the same ones again at once
         raise AssertionError("the last attempt returns or raises")
 
 

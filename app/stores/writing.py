@@ -1,10 +1,11 @@
 """What happens inside the transactions that begin and complete a version."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, exists, func, insert, or_, select, update
 
 from app.domain import ContextInfo, ContextStatus, Space
 from app.stores import rows
@@ -31,7 +32,8 @@ def begin_version(connection: Connection, new: NewContext) -> tuple[RowMapping |
     if row is not None:
         connection.execute(update(versions).where(versions.c.seq == row["seq"]).values(fields))
         return fields, Begun.OURS
-    if connection.scalar(select(payloads.c.seq).where(payloads.c.id == new.id)) is None:
+    # Locked before a version refers to it: two that share a lock and then both want it alone would wait for ever.
+    if connection.scalar(select(payloads.c.seq).where(payloads.c.id == new.id).with_for_update()) is None:
         connection.execute(insert(payloads).values(id=new.id))
     connection.execute(insert(versions).values(fields))
     if last is None:
@@ -56,8 +58,7 @@ def complete_version(
     siblings = select(versions).where(rows.in_space(space), versions.c.name == name, versions.c.status == DONE)
     there = connection.execute(siblings.where(versions.c.id == built.id)).mappings().first()
     if there is not None:
-        connection.execute(delete(versions).where(one(info)))
-        sweep(connection)
+        remove(connection, one(info))
         point(connection, space, name, there["version"])
         return there
     fields = {
@@ -71,7 +72,7 @@ def complete_version(
     }
     connection.execute(update(versions).where(one(info)).values(fields))
     if built.id != info.id:
-        sweep(connection)
+        sweep(connection, [info.id])
     newest = connection.scalar(siblings.with_only_columns(func.max(versions.c.version)))
     if newest == info.version:
         point(connection, space, name, info.version)
@@ -87,9 +88,18 @@ def point(connection: Connection, space: Space, name: str, version: int) -> None
     connection.execute(update(names).where(rows.named(space, name)).values(version=version))
 
 
-def sweep(connection: Connection) -> None:
-    """Payloads no version holds any more."""
-    connection.execute(delete(payloads).where(payloads.c.id.not_in(select(versions.c.id))))
+def remove(connection: Connection, gone: ColumnElement[bool]) -> None:
+    """These versions, and the payloads that none holds any more."""
+    ids = sorted(set(connection.scalars(select(versions.c.id).where(gone))))
+    connection.execute(delete(versions).where(gone))
+    sweep(connection, ids)
+
+
+def sweep(connection: Connection, ids: Sequence[str]) -> None:
+    """Those payloads no version holds any more; one by one in order, so that two sweeps never wait for each other."""
+    for context_id in ids:
+        held = exists().where(versions.c.id == context_id)
+        connection.execute(delete(payloads).where(payloads.c.id == context_id, ~held))
 
 
 def _pointed_status(connection: Connection, space: Space, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The stores; every test of this folder runs over each of them."""
+"""The stores; every test of this folder that takes `store` runs over each of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,18 @@ import pytest
 
 from app.stores.base import ContextStore
 from app.stores.sql import SqlContextStore
+from tests.postgres import new_database
 
 
-@pytest.fixture(params=["sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ContextStore]:
-    assert request.param == "sqlite"
-    made = SqlContextStore(f"sqlite:///{tmp_path / 'folder' / 'contexts.sqlite3'}")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'folder' / 'contexts.sqlite3'}"
+    return new_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[ContextStore]:
+    made = SqlContextStore(url)
     yield made
     made.close()

@@ -1,15 +1,17 @@
 """What every context store promises."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.domain import Arrays, ContextInfo, ContextRef, DocumentCounts, Selection, Space
+from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
 from app.registry import parse_ref
-from app.stores.base import ContextStore, NewContext
+from app.stores import rows
+from app.stores.base import LEASE_SECONDS, Begun, Built, ContextStore, NewContext
 
 M = Space("m")
 COUNTS = DocumentCounts(received=3, chosen=2, duplicates=1, truncated=1, repeated=14)
@@ -176,3 +178,174 @@ def test_nothing_there(store: ContextStore, ref: str) -> None:
     assert store.get(M, parse_ref(ref)) is None
     assert store.arrays(f"ctx_{0:032x}") is None
     assert store.versions(M, "legal") == []
+
+
+# --- Versions in progress ---
+
+
+def built(content: int, texts: list[str] | None = None, context_id: str | None = None) -> Built:
+    return Built(context_id or f"ctx_{content:032x}", arrays_of(content), Selection("random", 7), COUNTS, texts)
+
+
+def silent_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """As if that much time had passed since the last sign of life."""
+    later = datetime.now(UTC) + timedelta(seconds=seconds)
+    monkeypatch.setattr(rows, "now", lambda: later)
+
+
+def test_a_version_is_begun_and_completed(store: ContextStore) -> None:
+    info, begun = store.begin(new_context("legal", 1))
+    assert begun is Begun.OURS
+    assert (info.status, info.version, info.progress) == (ContextStatus.IN_PROGRESS, 1, (0, 2))
+    assert store.get(M, parse_ref("legal")) == info, "while there is no completed one"
+    assert store.arrays(info.id) is None
+    store.beat(info, 1)
+    seen = store.get(M, parse_ref(info.id))
+    assert seen is not None
+    assert seen.progress == (1, 2)
+    assert store.begin(new_context("legal", 1))[1] is Begun.THEIRS
+    completed = store.complete(info, built(1, ["a", "b"]))
+    assert completed is not None
+    assert (completed.status, completed.progress) == (ContextStatus.COMPLETED, (2, 2))
+    assert store.get(M, parse_ref("legal.1")) == completed
+    assert store.texts(info.id) == ["a", "b"]
+    assert store.begin(new_context("legal", 1)) == (completed, Begun.THERE)
+
+
+def test_a_name_points_at_what_is_completed(store: ContextStore) -> None:
+    first, _ = put(store, "legal", 1)
+    second, _ = store.begin(new_context("legal", 2))
+    third, _ = store.begin(new_context("legal", 3))
+    assert [info.version for info in store.versions(M, "legal")] == [3, 2, 1]
+    assert store.get(M, parse_ref("legal")) == first
+    assert store.move(M, "legal", 2) is None, "not completed"
+    assert store.complete(third, built(3)) is not None
+    assert store.complete(second, built(2)) is not None, "an older one that took longer"
+    current = store.get(M, parse_ref("legal"))
+    assert current is not None
+    assert current.version == 3
+
+
+def test_what_fails_leaves_the_name_alone_and_may_begin_anew(store: ContextStore) -> None:
+    first, _ = put(store, "legal", 1)
+    second, _ = store.begin(new_context("legal", 2))
+    store.fail(second, "the disk is full")
+    seen = store.get(M, parse_ref("legal.2"))
+    assert seen is not None
+    assert (seen.status, seen.error) == (ContextStatus.FAILED, "the disk is full")
+    assert store.get(M, parse_ref("legal")) == first
+    again, begun = store.begin(new_context("legal", 2))
+    assert (begun, again.version, again.status) == (Begun.OURS, 2, ContextStatus.IN_PROGRESS)
+    assert store.complete(again, built(2)) is not None
+
+
+def test_one_whose_builder_is_gone_has_failed(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, _ = store.begin(new_context("legal", 1))
+    silent_for(monkeypatch, LEASE_SECONDS - 1)
+    assert store.get(M, parse_ref("legal")) == info
+    store.beat(info, 1)
+    silent_for(monkeypatch, 2 * LEASE_SECONDS - 2)
+    assert store.begin(new_context("legal", 1))[1] is Begun.THEIRS
+    silent_for(monkeypatch, 2 * LEASE_SECONDS)
+    seen = store.get(M, parse_ref("legal"))
+    assert seen is not None
+    assert seen.status is ContextStatus.FAILED
+    assert "stopped" in (seen.error or "")
+    assert store.begin(new_context("legal", 1))[1] is Begun.OURS
+
+
+def test_deleted_while_it_is_built(store: ContextStore) -> None:
+    info, _ = store.begin(new_context("legal", 1))
+    assert store.delete_name(M, "legal")
+    assert store.complete(info, built(1)) is None
+    assert store.get(M, parse_ref(info.id)) is None
+    assert store.arrays(info.id) is None
+
+
+def test_a_choice_that_turns_out_to_be_there_already(store: ContextStore) -> None:
+    """Begun under an id of its own; behind the first stage it is version 1's content."""
+    first, _ = put(store, "legal", 1)
+    put(store, "legal", 2)
+    third, _ = store.begin(new_context("legal", 3))
+    assert store.complete(third, built(1)) == first
+    assert store.get(M, parse_ref("legal")) == first
+    assert store.get(M, parse_ref("legal.3")) is None
+
+
+def test_a_choice_keeps_the_id_it_was_begun_under(store: ContextStore) -> None:
+    info, _ = store.begin(new_context("legal", 3))
+    completed = store.complete(info, built(4, context_id=f"ctx_{4:032x}"))
+    assert completed is not None
+    assert completed.id == f"ctx_{4:032x}"
+    for ref in (f"ctx_{3:032x}", f"ctx_{4:032x}", "legal"):
+        assert store.get(M, parse_ref(ref)) == completed
+    assert store.begin(new_context("legal", 3)) == (completed, Begun.THERE)
+    assert store.arrays(f"ctx_{3:032x}") is None
+
+
+def test_versions_go_on_behind_a_deleted_name(store: ContextStore) -> None:
+    """`legal.1` never comes to mean something else."""
+    put(store, "legal", 1)
+    store.delete_name(M, "legal")
+    info, created = put(store, "legal", 2)
+    assert created
+    assert info.version == 2
+    assert store.get(M, parse_ref("legal")) == info
+    assert [i.name for i in store.versions(M, "legal")] == ["legal"]
+
+
+def test_namespaces_do_not_see_each_other(store: ContextStore) -> None:
+    mine, yours = Space("m", "mine"), Space("m", "yours")
+    ours, _ = put(store, "legal", 1)
+    info, created = put(store, "legal", 1, mine)
+    assert created
+    put(store, "other", 2, mine)
+    assert store.get(mine, parse_ref("legal")) == info != ours
+    for ref in ("other", "other.1", f"ctx_{2:032x}"):
+        assert store.get(yours, parse_ref(ref)) is None
+        assert store.get(M, parse_ref(ref)) is None
+    assert store.versions(yours, "legal") == []
+    page = store.list_current("mine", None, after=None, limit=9, newest_first=False)
+    assert page is not None
+    assert [i.name for i in page.items] == ["legal", "other"]
+    assert store.models_of("yours", parse_ref("legal")) == []
+    assert store.move(yours, "legal", 1) is None
+    assert not store.delete_name(yours, "legal")
+    assert store.delete_versions(yours, parse_ref("legal.1")) is None
+    assert store.delete_name(mine, "legal")
+    assert store.arrays(ours.id) is not None, "another namespace holds it"
+
+
+def test_many_begin_the_same_at_once(store: ContextStore) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: store.begin(new_context("legal", 5)), range(16)))
+    assert sorted(begun.name for _, begun in results) == ["OURS"] + ["THEIRS"] * 15
+    assert {info.version for info, _ in results} == {1}
+
+
+def test_everything_at_once(store: ContextStore) -> None:
+    """Writers of all kinds on a few names and contents: nothing but answers, and what is left is whole."""
+
+    def work(i: int) -> None:
+        name, content = f"n{i % 3}", i % 4
+        match i % 5:
+            case 0 | 1:
+                put(store, name, content)
+            case 2:
+                info, begun = store.begin(new_context(name, content))
+                if begun is Begun.OURS:
+                    store.complete(info, built(content))
+            case 3:
+                store.move(M, name, 1 + content)
+            case _:
+                store.delete_name(M, name) if i % 2 else store.delete_versions(M, parse_ref(f"{name}.{content + 1}"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(160)))
+    for name in names_of(store, 2, newest_first=True):
+        info = store.get(M, parse_ref(name))
+        assert info is not None
+        if info.status is ContextStatus.COMPLETED:
+            arrays = store.arrays(info.id)
+            assert arrays is not None
+            assert info.id == f"ctx_{int(arrays['dataset_embeddings'][0, 0]):032x}"

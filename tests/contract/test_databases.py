@@ -1,0 +1,69 @@
+"""What a database does besides answering: it opens again, its migrations fit its tables, and damage is noticed."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from app.errors import StoreError
+from app.registry import parse_ref
+from app.stores.database import connect
+from app.stores.sql import SqlContextStore
+from app.stores.tables import metadata
+from tests.contract.test_store import M, put
+
+
+def test_it_opens_again(url: str) -> None:
+    store = SqlContextStore(url)
+    info, _ = put(store, "legal", 1)
+    store.close()
+    again = SqlContextStore(url)
+    assert again.get(M, parse_ref("legal")) == info
+    again.close()
+
+
+def test_migrations_make_the_tables_the_code_expects(url: str) -> None:
+    engine = connect(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_processes_that_start_together_migrate_once(url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for engine in pool.map(lambda _: connect(url), range(6)):
+            engine.dispose()
+
+
+def test_damaged_arrays_are_noticed(url: str) -> None:
+    store = SqlContextStore(url)
+    info, _ = put(store, "legal", 1)
+    engine = connect(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE payloads SET sha256 = 'other'"))
+    engine.dispose()
+    with pytest.raises(StoreError, match="checksum"):
+        store.arrays(info.id)
+    store.close()
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite3"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SqlContextStore(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("given", ["postgresql://me:hunter2@127.0.0.1:1/none", "postgres://me:hunter2@127.0.0.1:1/x"])
+def test_no_password_in_the_message(given: str) -> None:
+    with pytest.raises(StoreError, match="cannot be opened") as raised:
+        SqlContextStore(given)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_a_url_that_is_none() -> None:
+    with pytest.raises(StoreError, match="cannot be read"):
+        SqlContextStore("hunter2")
