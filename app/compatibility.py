@@ -51,7 +51,10 @@ async def compare(service: EmbeddingService, comparison: Comparison) -> Compatib
         a = await service.embed(_request(comparison, comparison.ref, "ref"))
     except UnknownContextNamed as error:  # it is in the path
         raise ContextNotFound(error.message, param="ref") from error
-    b = await service.embed(_request(comparison, comparison.other, "with"))
+    try:
+        b = await service.embed(_request(comparison, comparison.other, "with"))
+    except UnknownContextNamed as error:
+        raise UnknownContextNamed(error.message, param="with") from error
     cosines = cosines_of(a.vectors, b.vectors)
     top = min(comparison.top_k, len(comparison.texts) - 1)
     shared = await asyncio.to_thread(overlap, a.vectors, b.vectors, top)

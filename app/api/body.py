@@ -73,11 +73,12 @@ def validated(model: type[Model], raw: Any, *, ignore_unknown: bool = False) -> 
     if not isinstance(raw, dict):
         raise InvalidRequest('The body must be a JSON object, like {"model": …, "input": …}.')
     given = {key: value for key, value in raw.items() if value is not None}
-    unknown = [key for key in given if key not in model.model_fields]
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    unknown = [key for key in given if key not in known]
     if unknown and ignore_unknown:
-        given = {key: value for key, value in given.items() if key in model.model_fields}
+        given = {key: value for key, value in given.items() if key in known}
     elif unknown:
-        raise _unknown(unknown[0], model.model_fields)
+        raise _unknown(unknown[0], known)
     try:
         return model.model_validate(given)
     except ValidationError as error:

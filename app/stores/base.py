@@ -7,7 +7,7 @@ from typing import Protocol
 
 from app.domain import Arrays, ContextInfo, ContextRef, DocumentCounts, Page, Selection, Space
 
-LEASE_SECONDS = 15.0
+LEASE_SECONDS = 10.0
 """A version in progress whose builder gave no sign of life for so long has failed: its process is gone."""
 
 
