@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import orjson
-from sqlalchemy import Connection, and_, select, update
+from sqlalchemy import Connection, and_, exists, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, Page, Space
@@ -106,7 +106,8 @@ class SqlContextStore:
         query = query.order_by(order, versions.c.model, versions.c.name)
         with self._reading() as connection:
             if after is not None:
-                seq = connection.scalar(select(payloads.c.seq).where(payloads.c.id == after))
+                own = exists().where(versions.c.id == payloads.c.id, versions.c.namespace == namespace)
+                seq = connection.scalar(select(payloads.c.seq).where(payloads.c.id == after, own))
                 if seq is None:
                     return None
                 query = query.where(payloads.c.seq < seq if newest_first else payloads.c.seq > seq)
