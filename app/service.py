@@ -109,7 +109,7 @@ class EmbeddingService:
                 f"differ from the ones the index was made with.",
                 param="x-expect-fingerprint",
             )
-        raw = await self._vectors.embed(served, tokens, await context.load())
+        raw = await self._vectors.embed(served, tokens, await context.load(), background=request.background)
         vectors = _finished(raw, dimensions, normalize=request.normalize)
         compute_tokens = prompt_tokens + served.spec.context_rows * len(tokens)
         TOKENS.labels(served.id).inc(prompt_tokens)

@@ -44,8 +44,10 @@ class VectorCache:
         self._rows: LRUCache[Key, FloatArray] = LRUCache(max_bytes, getsizeof=_size)
         self._flying: dict[Key, tuple[_Flight, int]] = {}
 
-    async def embed(self, served: ServedModel, texts: Sequence[TokenizedText], context: Payload) -> FloatArray:
-        """Raw vectors (n, hidden_size) float32, in order. Raises what Engine.submit and its future raise."""
+    async def embed(
+        self, served: ServedModel, texts: Sequence[TokenizedText], context: Payload, *, background: bool = False
+    ) -> FloatArray:
+        """Raw vectors (n, hidden_size) float32, in order. `background`: computed when nobody waits. Raises what Engine.submit and its future raise."""
         if len(texts) <= FEW:
             keys = _keys(served.id, context.key, texts)
         else:
@@ -62,11 +64,12 @@ class VectorCache:
             else:
                 missing[key] = text
         self._count(len(texts), shared=len(flights), computed=len(missing))
-        own = self._take_off(served, missing, context) if missing else {}
+        own = self._take_off(served, missing, context, background=background) if missing else {}
         rows, failed = await self._landed(flights | own)
         borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in own}
         if borrowed and len(borrowed) == len(failed):  # another request's text may have been to blame
-            more, failed = await self._landed(self._take_off(served, borrowed, context))
+            again = self._take_off(served, borrowed, context, background=background)
+            more, failed = await self._landed(again)
             rows |= more
         for error in failed.values():
             raise error
@@ -76,15 +79,17 @@ class VectorCache:
         return out
 
     def _take_off(
-        self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload
+        self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, *, background: bool
     ) -> dict[Key, tuple[_Flight, int]]:
-        future = self._engine.submit(served.id, Stage.SECOND, list(missing.values()), context)
+        texts = list(missing.values())
+        future = self._engine.submit(served.id, Stage.SECOND, texts, context, background=background)
         COMPUTE_TOKENS.labels(served.id).inc(
             sum(len(text.input_ids) + served.spec.context_rows for text in missing.values())
         )
         flight = _Flight(asyncio.wrap_future(future))
         placed = {key: (flight, index) for index, key in enumerate(missing)}
-        self._flying |= placed
+        if not background:  # a caller who waits is not to wait behind the background
+            self._flying |= placed
         flight.rows.add_done_callback(lambda rows: self._land(rows, placed))
         return placed
 

@@ -17,6 +17,8 @@ Lane = tuple[str, Stage]
 """Jobs of one model and stage; only jobs of one lane share a batch."""
 
 LOOK_AHEAD = 256
+BACKGROUND_EVERY = 8
+"""Foreground batches after which one of the background goes, so that it never stands still."""
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +30,7 @@ class Submission:
     payload: Payload
     rows: FloatArray
     left: int
+    background: bool = False
     future: "Future[FloatArray]" = field(default_factory=Future)
     lock: Lock = field(default_factory=Lock)
 
@@ -60,16 +63,55 @@ _Tagged = tuple[int, int, Job]
 
 
 def submission_jobs(
-    lane: Lane, texts: Sequence[TokenizedText], payload: Payload, *, hidden_size: int, context_rows: int
+    lane: Lane,
+    texts: Sequence[TokenizedText],
+    payload: Payload,
+    *,
+    hidden_size: int,
+    context_rows: int,
+    background: bool = False,
 ) -> list[Job]:
     """The jobs of one request; `context_rows` are added to each text's cost in the second stage."""
-    submission = Submission(lane, payload, np.empty((len(texts), hidden_size), np.float32), len(texts))
+    submission = Submission(lane, payload, np.empty((len(texts), hidden_size), np.float32), len(texts), background)
     extra = context_rows if lane[1] is Stage.SECOND else 0
     return [Job(submission, i, text, len(text.input_ids) + extra) for i, text in enumerate(texts)]
 
 
 class WaitingJobs:
-    """The queue. Lanes take turns, so that a context being built never holds up queries for more than one batch.
+    """The queue: what callers wait for, and behind it the background, which goes when nothing else waits, and after
+    every BACKGROUND_EVERY other batches."""
+
+    def __init__(self) -> None:
+        self.foreground, self.background = Lanes(), Lanes()
+        self._since_background = 0
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """The jobs of one request."""
+        if jobs:
+            (self.background if jobs[0].submission.background else self.foreground).add(jobs)
+
+    def next_batch(self, budget: int) -> list[Job]:
+        """See Lanes.next_batch."""
+        first, second = self.foreground, self.background
+        if self._since_background >= BACKGROUND_EVERY:
+            first, second = second, first
+        for lanes in (first, second):
+            batch = lanes.next_batch(budget)
+            if batch:
+                self._since_background = 0 if lanes is self.background else self._since_background + 1
+                return batch
+        return []
+
+    def drain(self) -> list[Job]:
+        """Everything that waits, taken out."""
+        return self.foreground.drain() + self.background.drain()
+
+    def __len__(self) -> int:
+        return len(self.foreground) + len(self.background)
+
+
+class Lanes:
+    """Jobs by lane. Lanes take turns, so that a context being built never holds up queries for more than one batch.
 
     Within a lane requests share by start-time fair queueing (Goyal et al., 1996): a job's tag is the lane's virtual
     time when its request came plus the cost of the jobs before it in that request; the lowest tag goes first. So a

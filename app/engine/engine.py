@@ -65,20 +65,31 @@ class Engine:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens as computed, waiting or running."""
-        return self._waiting.tokens + self._running_tokens
+        """Tokens as computed, waiting or running, that somebody waits for."""
+        return self._waiting.foreground.tokens + self._running_tokens
 
     def submit(
-        self, model_id: str, stage: Stage, texts: Sequence[TokenizedText], payload: Payload
+        self,
+        model_id: str,
+        stage: Stage,
+        texts: Sequence[TokenizedText],
+        payload: Payload,
+        *,
+        background: bool = False,
     ) -> "Future[FloatArray]":
         """Embeds texts (n) under one context: a future of (n, hidden_size) float32, not normalised.
 
-        Room for all texts is taken at once. The future fails with NonFiniteEmbedding, ServerFault or ShuttingDown.
+        Room for all texts is taken at once; the background has a queue of its own. The future fails with NonFiniteEmbedding, ServerFault or ShuttingDown.
         Raises QueueFull, ShuttingDown, EngineUnavailable.
         """
         spec = self._models[model_id].spec
         jobs = submission_jobs(
-            (model_id, stage), texts, payload, hidden_size=spec.hidden_size, context_rows=spec.context_rows
+            (model_id, stage),
+            texts,
+            payload,
+            hidden_size=spec.hidden_size,
+            context_rows=spec.context_rows,
+            background=background,
         )
         cost = sum(job.cost for job in jobs)
         with self._changed:
@@ -86,7 +97,7 @@ class Engine:
                 raise ShuttingDown("The server is shutting down. Send the request again to another replica.")
             if not any(thread.is_alive() for thread in self._threads):
                 raise EngineUnavailable("The device worker is not running. The server's log says why.")
-            queued = self.queued_tokens
+            queued = self._waiting.background.tokens if background else self.queued_tokens
             # A request alone in the queue always fits: the limits on one request decide about its size.
             if queued and queued + cost > self._queue_tokens:
                 raise QueueFull(
@@ -127,7 +138,7 @@ class Engine:
             while True:
                 batch = self._waiting.next_batch(self._batch_tokens)
                 if batch or self._stopping:
-                    self._running_tokens += sum(job.cost for job in batch)
+                    self._running_tokens += _awaited(batch)
                     QUEUE_TOKENS.set(self.queued_tokens)
                     return batch
                 self._changed.wait()
@@ -139,7 +150,7 @@ class Engine:
     def _release(self, batch: Sequence[Job]) -> None:
         """Before anybody hears of it: who has an answer finds the room it took free."""
         with self._changed:
-            self._running_tokens -= sum(job.cost for job in batch)
+            self._running_tokens -= _awaited(batch)
             QUEUE_TOKENS.set(self.queued_tokens)
 
     def _compute(self, batch: Sequence[Job]) -> None:
@@ -195,3 +206,8 @@ class Engine:
                 job.submission.fill(job.index, row)
             else:
                 job.submission.fail(NonFiniteEmbedding("The model gave a vector with NaN or infinite values."))
+
+
+def _awaited(batch: Sequence[Job]) -> int:
+    """Tokens that count in the queue."""
+    return sum(job.cost for job in batch if not job.submission.background)

@@ -11,9 +11,9 @@ from tests.engine.stub import context, text
 Q, D = ("m", Stage.SECOND), ("m", Stage.FIRST)
 
 
-def jobs(lane: tuple[str, Stage], *lengths: int, context_rows: int = 0) -> list[Job]:
+def jobs(lane: tuple[str, Stage], *lengths: int, context_rows: int = 0, background: bool = False) -> list[Job]:
     texts = [text(*range(n)) for n in lengths]
-    return submission_jobs(lane, texts, context(1.0), hidden_size=4, context_rows=context_rows)
+    return submission_jobs(lane, texts, context(1.0), hidden_size=4, context_rows=context_rows, background=background)
 
 
 def lengths(batch: list[Job]) -> list[int]:
@@ -49,6 +49,20 @@ def test_lanes_take_turns() -> None:
     queue.add(jobs(Q, *[5] * 4))
     served = [queue.next_batch(10)[0].submission.lane for _ in range(4)]
     assert served == [D, Q, D, Q]
+
+
+def test_the_background_waits_but_never_stands_still() -> None:
+    queue = WaitingJobs()
+    queue.add(jobs(Q, *[5] * 6, background=True))
+    queue.add(jobs(Q, *[7] * 20))
+    assert (queue.foreground.tokens, queue.background.tokens) == (140, 30)
+    served = [lengths(queue.next_batch(1))[0] for _ in range(26)]
+    assert served == [7] * 8 + [5] + [7] * 8 + [5] + [7] * 4 + [5] * 4
+    assert len(queue) == 0
+    queue.add(jobs(Q, 5, background=True))
+    queue.add(jobs(Q, 7))
+    assert lengths(queue.next_batch(1)) == [7]
+    assert sorted(lengths(queue.drain())) == [5]
 
 
 def test_a_single_query_passes_a_bulk_request() -> None:
@@ -95,7 +109,7 @@ def test_every_job_runs_once_and_batches_keep_the_budget(requests: list[list[int
         assert len({job.submission.lane for job in batch}) == 1
         assert len(batch) == 1 or max(job.cost for job in batch) * len(batch) <= budget
         run += batch
-        assert queue.tokens == sum(job.cost for job in added) - sum(job.cost for job in run)
+        assert queue.foreground.tokens == sum(job.cost for job in added) - sum(job.cost for job in run)
     assert sorted(map(id, run)) == sorted(map(id, added))
 
 
