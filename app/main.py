@@ -26,6 +26,7 @@ from app.models.loading import BUILTIN, LoadOptions, load_model
 from app.registry import Registry, ServedModel, parse_ref
 from app.service import EmbeddingService, EmbedPolicy
 from app.settings import ModelSettings, Settings
+from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from app.vector_cache import VectorCache
 
@@ -44,7 +45,7 @@ class Server:
         self._on_failure = on_failure
         self._state = "starting: the models are being loaded"
         self._engine: Engine | None = None
-        self._store: SqlContextStore | None = None
+        self._database: Database | None = None
         self._probed: list[ServedModel] = []
 
     async def start(self) -> None:
@@ -70,8 +71,8 @@ class Server:
             await catalog.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, DRAIN_SECONDS)
-        if self._store is not None:
-            await asyncio.to_thread(self._store.close)
+        if self._database is not None:
+            await asyncio.to_thread(self._database.close)
 
     def check_admitted(self) -> None:
         """Raises NotReady, ShuttingDown where requests cannot be taken."""
@@ -105,7 +106,8 @@ class Server:
 
     async def _start(self) -> None:
         settings, state = self._settings, self._app.state
-        self._store = await asyncio.to_thread(SqlContextStore, settings.database_url)
+        self._database = await asyncio.to_thread(Database, settings.database_url)
+        store = SqlContextStore(self._database)
         models = [await asyncio.to_thread(_load, model) for model in settings.models]
         registry = Registry(models)
         limits, device = settings.limits, registry.default.spec.device
@@ -119,11 +121,11 @@ class Server:
         self._engine.start()
         state.registry = registry
         builder, wanted = ContextBuilder(self._engine), settings.contexts
-        state.contexts = Contexts(builder, self._store, cache_bytes=wanted.cache_bytes, default=wanted.default)
+        state.contexts = Contexts(builder, store, cache_bytes=wanted.cache_bytes, default=wanted.default)
         state.catalog = Catalog(
             state.contexts,
             builder,
-            self._store,
+            store,
             keep_documents=wanted.keep_documents,
             candidates=wanted.diverse_candidates,
         )

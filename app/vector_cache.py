@@ -47,7 +47,10 @@ class VectorCache:
     async def embed(
         self, served: ServedModel, texts: Sequence[TokenizedText], context: Payload, *, background: bool = False
     ) -> FloatArray:
-        """Raw vectors (n, hidden_size) float32, in order. `background`: computed when nobody waits. Raises what Engine.submit and its future raise."""
+        """Raw vectors (n, hidden_size) float32, in order. `background`: computed when nobody waits.
+
+        Raises what Engine.submit and its future raise.
+        """
         if len(texts) <= FEW:
             keys = _keys(served.id, context.key, texts)
         else:

@@ -26,6 +26,7 @@ from app.offline import Offline
 from app.payloads import from_npy, from_safetensors
 from app.registry import parse_ref
 from app.settings import load_settings
+from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from app.vectors import normalized
 
@@ -94,7 +95,7 @@ def _stored(offline: Offline, name: str, config: Path | None) -> tuple[str, Arra
     settings = load_settings({}, config)
     if settings.contexts.database_url is None and not settings.database_file.is_file():
         raise ConfigError(f"{name} is no file, and there is no context store in {settings.data_dir}")
-    store = SqlContextStore(settings.database_url)
+    store = SqlContextStore(Database(settings.database_url))
     try:
         info = store.get(Space(offline.spec.id), parse_ref(name))
         arrays = store.arrays(info.id) if info else None

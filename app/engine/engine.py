@@ -79,8 +79,8 @@ class Engine:
     ) -> "Future[FloatArray]":
         """Embeds texts (n) under one context: a future of (n, hidden_size) float32, not normalised.
 
-        Room for all texts is taken at once; the background has a queue of its own. The future fails with NonFiniteEmbedding, ServerFault or ShuttingDown.
-        Raises QueueFull, ShuttingDown, EngineUnavailable.
+        Room for all texts is taken at once; the background has a queue of its own. The future fails with
+        NonFiniteEmbedding, ServerFault or ShuttingDown. Raises QueueFull, ShuttingDown, EngineUnavailable.
         """
         spec = self._models[model_id].spec
         jobs = submission_jobs(

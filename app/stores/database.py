@@ -1,9 +1,12 @@
-"""A database URL -> an engine with its tables up to date."""
+"""A database URL -> a database with its tables up to date, and transactions on it."""
 
+import random
 import sqlite3
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -13,10 +16,51 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemy
 
 from app.errors import StoreError
 
+T = TypeVar("T")
+
 MIGRATION_LOCK = 4_201_002_525
 """PostgreSQL's advisory lock for the migrations: processes that start together run them one after the other."""
+ATTEMPTS = 8
+"""Two writers that get in each other's way: one of them starts over."""
+PAUSE_SECONDS = 0.02
 CONFLICTS = ("40001", "40P01")
 """SQLSTATE: serialisation failure, deadlock."""
+
+
+class Database:
+    """What all stores share. Thread-safe and synchronous."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database and brings its tables up to date. Raises StoreError."""
+        self.engine = connect(url)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One transaction that writes nothing. Raises StoreError."""
+        try:
+            with self.engine.connect() as connection, connection.execution_options(immediate=False).begin():
+                yield connection
+        except SQLAlchemyError as error:
+            raise _silent(error) from error
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """One transaction; begun anew where another writer was in the way. Raises StoreError."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self.engine.connect() as connection, connection.execution_options(immediate=True).begin():
+                    return work(connection)
+            except SQLAlchemyError as error:
+                if not is_conflict(error) or attempt == ATTEMPTS - 1:
+                    raise _silent(error) from error
+                time.sleep(PAUSE_SECONDS * attempt * random.random())  # noqa: S311 - not the same ones again at once
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _silent(error: SQLAlchemyError) -> StoreError:
+    return StoreError(f"The store does not answer: {type(error).__name__}")
 
 
 def connect(url: str) -> Engine:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.stores.base import ContextStore
+from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from tests.postgres import new_database
 
@@ -19,6 +20,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def store(url: str) -> Iterator[ContextStore]:
-    made = SqlContextStore(url)
+    made = SqlContextStore(Database(url))
     yield made
     made.close()

@@ -10,17 +10,17 @@ from sqlalchemy import text
 
 from app.errors import StoreError
 from app.registry import parse_ref
-from app.stores.database import connect
+from app.stores.database import Database, connect
 from app.stores.sql import SqlContextStore
 from app.stores.tables import metadata
 from tests.contract.test_store import M, put
 
 
 def test_it_opens_again(url: str) -> None:
-    store = SqlContextStore(url)
+    store = SqlContextStore(Database(url))
     info, _ = put(store, "legal", 1)
     store.close()
-    again = SqlContextStore(url)
+    again = SqlContextStore(Database(url))
     assert again.get(M, parse_ref("legal")) == info
     again.close()
 
@@ -39,7 +39,7 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
 
 
 def test_damaged_arrays_are_noticed(url: str) -> None:
-    store = SqlContextStore(url)
+    store = SqlContextStore(Database(url))
     info, _ = put(store, "legal", 1)
     engine = connect(url)
     with engine.begin() as connection:
@@ -54,16 +54,16 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite3"
     path.write_bytes(b"this is not a database" * 100)
     with pytest.raises(StoreError, match="cannot be opened"):
-        SqlContextStore(f"sqlite:///{path}")
+        Database(f"sqlite:///{path}")
 
 
 @pytest.mark.parametrize("given", ["postgresql://me:hunter2@127.0.0.1:1/none", "postgres://me:hunter2@127.0.0.1:1/x"])
 def test_no_password_in_the_message(given: str) -> None:
     with pytest.raises(StoreError, match="cannot be opened") as raised:
-        SqlContextStore(given)
+        Database(given)
     assert "hunter2" not in str(raised.value)
 
 
 def test_a_url_that_is_none() -> None:
     with pytest.raises(StoreError, match="cannot be read"):
-        SqlContextStore("hunter2")
+        Database("hunter2")

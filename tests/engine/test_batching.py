@@ -93,7 +93,7 @@ def test_callers_that_have_gone_are_dropped() -> None:
     queue.add(stays)
     gone[0].submission.future.cancel()
     assert queue.next_batch(100) == stays
-    assert (len(queue), queue.tokens) == (0, 0)
+    assert (len(queue), queue.foreground.tokens) == (0, 0)
 
 
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8), max_size=8), st.integers(1, 200))
