@@ -11,11 +11,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from app.api import batches as batch_routes
 from app.api import contexts as context_routes
 from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
+from app.api.batches import LineAnswers
 from app.api.envelope import Envelope, LastNet
+from app.batches.runner import BatchRunner
+from app.batches.service import Batches
 from app.building import ContextBuilder
 from app.catalog import Catalog
 from app.contexts import Contexts
@@ -26,7 +30,9 @@ from app.models.loading import BUILTIN, LoadOptions, load_model
 from app.registry import Registry, ServedModel, parse_ref
 from app.service import EmbeddingService, EmbedPolicy
 from app.settings import ModelSettings, Settings
+from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
+from app.stores.files import SqlFileStore
 from app.stores.sql import SqlContextStore
 from app.vector_cache import VectorCache
 
@@ -66,6 +72,9 @@ class Server:
     async def stop(self) -> None:
         """Answers what was admitted, then lets go of everything."""
         self._state = "shutting down"
+        runner: BatchRunner | None = getattr(self._app.state, "runner", None)
+        if runner is not None:
+            await runner.close()
         catalog: Catalog | None = getattr(self._app.state, "catalog", None)
         if catalog is not None:  # no build ends within a drain; each is begun anew when it is asked for again
             await catalog.close()
@@ -144,6 +153,11 @@ class Server:
             else:
                 log.warning("%s has no default context: it is served without its first stage", served.id)
         await self._probe()  # warm-up
+        batches, files = SqlBatchStore(self._database), SqlFileStore(self._database)
+        answers = LineAnswers(state.service, settings)
+        state.runner = BatchRunner(batches, files, answers, max_lines=limits.max_batch_lines)
+        state.batches = Batches(batches, files, state.runner)
+        state.runner.start()
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | None = None) -> ASGIApp:
@@ -172,7 +186,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
     app.state.settings = settings
     app.state.created = int(time.time())
     app.state.keyring = Keyring(settings.server.keys_file) if settings.server.keys_file else None
-    for routes in (embedding_routes, context_routes, operations):
+    for routes in (embedding_routes, context_routes, batch_routes, operations):
         app.include_router(routes.router)
     app.include_router(operations.served)
     openai_errors.install(app)

@@ -84,6 +84,8 @@ class LimitSettings(_Group):
     max_tokens_per_request: Positive = Field(300_000, description="Tokens of all inputs of one request together")
     max_body_bytes: Positive = Field(64 * 2**20, description="Body of a JSON request or an import")
     max_line_bytes: Positive = Field(8 * 2**20, description="One line of an NDJSON upload; the whole is unbounded")
+    max_file_bytes: Positive = Field(200 * 2**20, description="One file of batch lines")
+    max_batch_lines: Positive = Field(50_000, description="Lines of one batch")
     queue_tokens: Positive = Field(4_500_000, description="Tokens waiting, as computed; beyond it requests get 429")
     vector_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="Vectors kept so that equal texts are not computed again; 0: none"

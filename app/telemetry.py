@@ -17,6 +17,9 @@ FORWARDS = Counter("cde_forwards_total", "Batches run", ["stage"])
 VECTOR_CACHE = Counter("cde_vector_cache_total", "Texts by where their vector came from", ["outcome"])
 VECTOR_CACHE_BYTES = Gauge("cde_vector_cache_bytes", "Bytes the vector cache holds")
 
+BATCH_LINES = Counter("cde_batch_lines_total", "Lines of batches answered", ["outcome"])
+BATCHES_RUNNING = Gauge("cde_batches_running", "Batches this process runs")
+
 
 class _RequestId(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:

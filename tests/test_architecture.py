@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "vector_cache": {"domain", "engine", "errors", "registry", "telemetry"},
     "service": {"contexts", "domain", "errors", "registry", "telemetry", "token_ids", "vector_cache", "vectors"},
+    "batches": {"batches", "errors", "stores.batch_base", "stores.batches", "stores.files", "telemetry"},
     "compatibility": {"domain", "errors", "registry", "service", "vectors"},
     "offline": {
         "building",
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"bench", "domain", "errors", "models"},
     "api": {
         "api",
+        "batches",
         "catalog",
         "compatibility",
         "contexts",
@@ -72,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "service",
         "settings",
         "stores.base",
+        "stores.batch_base",
         "telemetry",
     },
 }

@@ -4,6 +4,7 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Query, Request
 
+from app.batches.service import Batches
 from app.catalog import Catalog
 from app.contexts import Contexts
 from app.domain import SHARED, Space
@@ -50,6 +51,11 @@ def _catalog(request: Request) -> Catalog:
     return found
 
 
+def _batches(request: Request) -> Batches:
+    found: Batches = request.app.state.batches
+    return found
+
+
 def _service(request: Request) -> EmbeddingService:
     found: EmbeddingService = request.app.state.service
     return found
@@ -64,6 +70,7 @@ def _namespace(request: Request) -> str:
 SettingsOf = Annotated[Settings, Depends(_settings)]
 RegistryOf = Annotated[Registry, Depends(_registry)]
 ContextsOf = Annotated[Contexts, Depends(_contexts)]
+BatchesOf = Annotated[Batches, Depends(_batches)]
 CatalogOf = Annotated[Catalog, Depends(_catalog)]
 Embedder = Annotated[EmbeddingService, Depends(_service)]
 Namespace = Annotated[str, Depends(_namespace)]

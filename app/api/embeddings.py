@@ -14,6 +14,7 @@ from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, s
 from app.domain import Embeddings
 from app.errors import InvalidRequest
 from app.service import EmbedRequest
+from app.settings import LimitSettings
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
 
@@ -39,30 +40,51 @@ async def create_embeddings(
     x_expect_fingerprint: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Embeds texts under a context. OpenAI's API; `context`, `input_type`, `truncate` and `normalize` are ours."""
-    texts, token_ids = split_input(body.input)
-    _check_count(texts if texts is not None else token_ids or [], settings.limits.max_inputs)
-    named = {"context": body.context if isinstance(body.context, str) else None, "X-Context": x_context}
-    types = {"input_type": body.input_type, "X-Input-Type": x_input_type}
-    embeddings = await service.embed(
-        EmbedRequest(
-            model=body.model,
-            texts=texts,
-            token_ids=token_ids,
-            inline_documents=body.context.documents if isinstance(body.context, InlineContext) else None,
-            contexts={source: value for source, value in named.items() if value is not None},
-            input_types={source: value for source, value in types.items() if value is not None},
-            truncate=body.truncate,
-            dimensions=body.dimensions,
-            normalize=body.normalize,
-            expect_fingerprint=x_expect_fingerprint,
-            namespace=namespace,
-        )
+    request = request_of(
+        body,
+        settings.limits,
+        namespace=namespace,
+        x_context=x_context,
+        x_input_type=x_input_type,
+        expect_fingerprint=x_expect_fingerprint,
     )
+    embeddings = await service.embed(request)
     if len(embeddings.vectors) <= SMALL:
         content = embeddings_body(embeddings, body.encoding_format)
     else:
         content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
     return Response(content, media_type="application/json", headers=_headers(embeddings))
+
+
+def request_of(
+    body: EmbeddingsRequest,
+    limits: LimitSettings,
+    *,
+    namespace: str,
+    x_context: str | None = None,
+    x_input_type: str | None = None,
+    expect_fingerprint: str | None = None,
+    background: bool = False,
+) -> EmbedRequest:
+    """The use case's request. Raises InvalidRequest for too many inputs."""
+    texts, token_ids = split_input(body.input)
+    _check_count(texts if texts is not None else token_ids or [], limits.max_inputs)
+    named = {"context": body.context if isinstance(body.context, str) else None, "X-Context": x_context}
+    types = {"input_type": body.input_type, "X-Input-Type": x_input_type}
+    return EmbedRequest(
+        model=body.model,
+        texts=texts,
+        token_ids=token_ids,
+        inline_documents=body.context.documents if isinstance(body.context, InlineContext) else None,
+        contexts={source: value for source, value in named.items() if value is not None},
+        input_types={source: value for source, value in types.items() if value is not None},
+        truncate=body.truncate,
+        dimensions=body.dimensions,
+        normalize=body.normalize,
+        expect_fingerprint=expect_fingerprint,
+        namespace=namespace,
+        background=background,
+    )
 
 
 def _check_count(inputs: Sequence[object], limit: int) -> None:

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from app.api.batch_schemas import BatchRequest
 from app.api.context_schemas import CompatibilityRequest, ContextRequest, RollbackRequest
 from app.api.schemas import NPY, SAFETENSORS, EmbeddingsRequest, ErrorBody, TokenizeRequest, WireModel
 
@@ -13,6 +14,7 @@ COMPONENT = "#/components/schemas/{model}"
 BODIES: tuple[type[WireModel], ...] = (
     EmbeddingsRequest,
     ContextRequest,
+    BatchRequest,
     CompatibilityRequest,
     RollbackRequest,
     TokenizeRequest,
@@ -31,6 +33,13 @@ def arrays() -> dict[str, Any]:
     """`openapi_extra` of the route that takes a context's arrays."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"required": True, "content": {SAFETENSORS: binary, NPY: binary}}}
+
+
+def form() -> dict[str, Any]:
+    """`openapi_extra` of the route that takes a file."""
+    properties = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}}
+    schema = {"type": "object", "properties": properties, "required": ["file", "purpose"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def install(app: FastAPI) -> None:

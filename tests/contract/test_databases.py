@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from app.errors import StoreError
 from app.registry import parse_ref
+from app.stores import batch_tables  # noqa: F401 - its tables are on the metadata
 from app.stores.database import Database, connect
 from app.stores.sql import SqlContextStore
 from app.stores.tables import metadata

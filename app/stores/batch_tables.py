@@ -1,0 +1,62 @@
+"""The tables of files and batches; `migrations/` creates them."""
+
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, ForeignKey, Integer, LargeBinary, String, Table
+
+from app.stores.tables import Serial, metadata
+
+files = Table(
+    "files",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("id", String(40), nullable=False, unique=True),
+    Column("namespace", String(63), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+# A file's content in order, in pieces that fit in memory.
+file_chunks = Table(
+    "file_chunks",
+    metadata,
+    Column("file_id", String(40), ForeignKey("files.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("id", String(40), nullable=False, unique=True),
+    Column("namespace", String(63), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(40), nullable=False),
+    Column("completion_window", String(16), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("times", JSON, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("output_file_id", String(40)),
+    Column("error_file_id", String(40)),
+    Column("problems", JSON, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    # The process that runs it, and its last sign of life in Unix seconds.
+    Column("owner", String(64)),
+    Column("beat_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+# The answer to each line, once, until the output files are written.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String(40), ForeignKey("batches.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("ok", Boolean, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)

@@ -1,0 +1,196 @@
+"""Batches in the database: their states, who runs them, and the answer to each line, once."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, and_, delete, insert, or_, select, update
+
+from app.stores.batch_base import (
+    LEASE_SECONDS,
+    UNFINISHED,
+    BatchInfo,
+    BatchStatus,
+    LeaseLost,
+    LineResult,
+    Listing,
+    Problem,
+)
+from app.stores.batch_tables import batch_lines, batches
+from app.stores.database import Database
+from app.stores.files import page, write_file
+
+PAGE_LINES = 100
+
+
+class SqlBatchStore:
+    """Thread-safe and synchronous; every method raises StoreError when the store cannot answer.
+
+    What takes an `owner` raises LeaseLost where the batch has another one by now.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, batch: BatchInfo) -> None:
+        values = asdict(batch) | {"status": batch.status.value, "owner": None, "beat_at": 0.0}
+        values["problems"] = [asdict(problem) for problem in batch.problems]
+        self._database.write(lambda connection: connection.execute(insert(batches).values(values)))
+
+    def get(self, namespace: str, batch_id: str) -> BatchInfo | None:
+        query = select(batches).where(batches.c.namespace == namespace, batches.c.id == batch_id)
+        with self._database.reading() as connection:
+            row = connection.execute(query).mappings().first()
+        return _info(row) if row else None
+
+    def list(self, namespace: str, *, after: str | None, limit: int) -> Listing[BatchInfo] | None:
+        """Newest first; None where there is no batch `after`."""
+        with self._database.reading() as connection:
+            query = select(batches).where(batches.c.namespace == namespace)
+            rows = page(connection, batches, query, after=after, limit=limit, newest_first=True)
+        return None if rows is None else Listing([_info(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+    def cancel(self, namespace: str, batch_id: str) -> BatchInfo | None:
+        """`cancelling`, unless it is finished or being finished; None where there is none."""
+
+        def work(connection: Connection) -> BatchInfo | None:
+            query = select(batches).where(batches.c.namespace == namespace, batches.c.id == batch_id)
+            row = connection.execute(query.with_for_update()).mappings().first()
+            if row is None:
+                return None
+            if row["status"] in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):
+                row = _moved(connection, row, BatchStatus.CANCELLING)
+            return _info(row)
+
+        return self._database.write(work)
+
+    def claim(self, owner: str) -> BatchInfo | None:
+        """The oldest unfinished batch that no living process runs; it is `owner`'s now."""
+
+        def work(connection: Connection) -> BatchInfo | None:
+            now = time.time()
+            free = or_(batches.c.owner.is_(None), batches.c.beat_at < now - LEASE_SECONDS)
+            query = select(batches).where(batches.c.status.in_(UNFINISHED), free).order_by(batches.c.seq).limit(1)
+            row = connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
+            if row is None:
+                return None
+            taken = update(batches).where(batches.c.id == row["id"])
+            connection.execute(taken.values(owner=owner, beat_at=now))
+            return _info(row)
+
+        return self._database.write(work)
+
+    def beat(self, batch_id: str, owner: str) -> BatchStatus:
+        """The owner lives; gives the state, which others may have changed."""
+
+        def work(connection: Connection) -> BatchStatus:
+            row = _owned(connection, batch_id, owner)
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(beat_at=time.time()))
+            return BatchStatus(row["status"])
+
+        return self._database.write(work)
+
+    def release(self, owner: str) -> None:
+        """Whatever the owner runs may be taken over at once."""
+        query = update(batches).where(batches.c.owner == owner).values(owner=None)
+        self._database.write(lambda connection: connection.execute(query))
+
+    def begin(self, batch_id: str, owner: str, total: int) -> BatchStatus:
+        """The input is right and has `total` lines. A batch that is being cancelled stays so."""
+
+        def work(connection: Connection) -> BatchStatus:
+            row = _owned(connection, batch_id, owner)
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(total=total))
+            if row["status"] == BatchStatus.VALIDATING:
+                row = _moved(connection, row, BatchStatus.IN_PROGRESS)
+            return BatchStatus(row["status"])
+
+        return self._database.write(work)
+
+    def refuse(self, batch_id: str, owner: str, problems: Sequence[Problem]) -> None:
+        """The input cannot be run."""
+
+        def work(connection: Connection) -> None:
+            row = _owned(connection, batch_id, owner)
+            _moved(connection, row, BatchStatus.FAILED, problems=[asdict(p) for p in problems], owner=None)
+
+        self._database.write(work)
+
+    def answered(self, batch_id: str) -> set[int]:
+        """The numbers of the lines that need no other answer."""
+        with self._database.reading() as connection:
+            return set(connection.scalars(select(batch_lines.c.number).where(batch_lines.c.batch_id == batch_id)))
+
+    def record(self, batch_id: str, owner: str, results: Sequence[LineResult]) -> BatchStatus:
+        """The answers to some lines, all or none; a line has one answer for ever."""
+
+        def work(connection: Connection) -> BatchStatus:
+            row = _owned(connection, batch_id, owner)
+            values = [{"batch_id": batch_id, "number": r.number, "ok": r.ok, "data": r.data} for r in results]
+            connection.execute(insert(batch_lines), values)
+            good = sum(r.ok for r in results)
+            counts = {"completed": row["completed"] + good, "failed": row["failed"] + len(results) - good}
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(**counts, beat_at=time.time()))
+            return BatchStatus(row["status"])
+
+        return self._database.write(work)
+
+    def finish(self, batch_id: str, owner: str) -> BatchInfo:
+        """Writes the output files and the last state, in one transaction."""
+
+        def work(connection: Connection) -> BatchInfo:
+            row = _owned(connection, batch_id, owner)
+            cancelled = row["status"] == BatchStatus.CANCELLING
+            made = {
+                "output_file_id": _output(connection, row, ok=True) if row["completed"] else None,
+                "error_file_id": _output(connection, row, ok=False) if row["failed"] else None,
+            }
+            connection.execute(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
+            if not cancelled:
+                row = _moved(connection, row, BatchStatus.FINALIZING)
+            last = BatchStatus.CANCELLED if cancelled else BatchStatus.COMPLETED
+            return _info(_moved(connection, row, last, **made, owner=None))
+
+        return self._database.write(work)
+
+
+def _owned(connection: Connection, batch_id: str, owner: str) -> RowMapping:
+    query = select(batches).where(batches.c.id == batch_id, batches.c.owner == owner).with_for_update()
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise LeaseLost
+    return row
+
+
+def _moved(connection: Connection, row: RowMapping, status: BatchStatus, **more: Any) -> RowMapping:
+    times = dict(row["times"]) | {f"{status.value}_at": int(time.time())}
+    same = batches.c.id == row["id"]
+    connection.execute(update(batches).where(same).values(status=status.value, times=times, **more))
+    return connection.execute(select(batches).where(same)).mappings().one()
+
+
+def _output(connection: Connection, row: RowMapping, *, ok: bool) -> str:
+    """A file of the lines' answers, in the order of the input."""
+    kind = "output" if ok else "error"
+    content = (result + b"\n" for result in _results(connection, row["id"], ok=ok))
+    return write_file(connection, row["namespace"], f"{row['id']}_{kind}.jsonl", "batch_output", content).id
+
+
+def _results(connection: Connection, batch_id: str, *, ok: bool) -> Iterator[bytes]:
+    last = 0
+    while True:
+        query = select(batch_lines.c.number, batch_lines.c.data).where(
+            and_(batch_lines.c.batch_id == batch_id, batch_lines.c.ok == ok, batch_lines.c.number > last)
+        )
+        rows = connection.execute(query.order_by(batch_lines.c.number).limit(PAGE_LINES)).all()
+        if not rows:
+            return
+        yield from (row.data for row in rows)
+        last = rows[-1].number
+
+
+def _info(row: RowMapping) -> BatchInfo:
+    fields = {name: row[name] for name in BatchInfo.__dataclass_fields__}
+    fields |= {"status": BatchStatus(row["status"]), "problems": [Problem(**p) for p in row["problems"]]}
+    return BatchInfo(**fields)

@@ -1,0 +1,200 @@
+"""What the store of batches promises: one owner, one answer a line, files whole or not at all."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from app.batches.lines import checked, numbered
+from app.errors import StoreError
+from app.stores import batches as module
+from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
+from app.stores.batches import SqlBatchStore
+from app.stores.database import Database
+from app.stores.files import CHUNK_BYTES, SqlFileStore
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    made = Database(url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def store(database: Database) -> SqlBatchStore:
+    return SqlBatchStore(database)
+
+
+@pytest.fixture
+def files(database: Database) -> SqlFileStore:
+    return SqlFileStore(database)
+
+
+def add(store: SqlBatchStore, name: str = "batch_1", namespace: str = "") -> BatchInfo:
+    batch = BatchInfo(name, namespace, "/v1/embeddings", "file-1", "24h", 7, metadata={"a": "b"})
+    store.add(batch)
+    return batch
+
+
+def lines(*numbers: int, ok: bool = True) -> list[LineResult]:
+    return [LineResult(n, ok, f"answer {n}".encode()) for n in numbers]
+
+
+def test_a_batch_goes_its_way(store: SqlBatchStore, files: SqlFileStore) -> None:
+    batch = add(store)
+    assert store.get("", batch.id) == batch
+    assert store.get("other", batch.id) is None
+    assert store.claim("me") == batch
+    assert store.claim("you") is None
+    assert store.begin(batch.id, "me", 3) is BatchStatus.IN_PROGRESS
+    assert store.record(batch.id, "me", lines(3, 1)) is BatchStatus.IN_PROGRESS
+    store.record(batch.id, "me", lines(2, ok=False))
+    assert store.answered(batch.id) == {1, 2, 3}
+    done = store.finish(batch.id, "me")
+    assert (done.status, done.total, done.completed, done.failed) == (BatchStatus.COMPLETED, 3, 2, 1)
+    assert done.output_file_id is not None
+    assert done.error_file_id is not None
+    assert b"".join(files.chunks(done.output_file_id)) == b"answer 1\nanswer 3\n"
+    assert b"".join(files.chunks(done.error_file_id)) == b"answer 2\n"
+    assert set(done.times) == {"in_progress_at", "finalizing_at", "completed_at"}
+    assert store.answered(batch.id) == set()
+    assert store.claim("me") is None
+
+
+def test_a_line_is_answered_once(store: SqlBatchStore) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    store.record("batch_1", "me", lines(1))
+    with pytest.raises(StoreError):
+        store.record("batch_1", "me", lines(2, 1))
+    assert store.answered("batch_1") == {1}
+    info = store.get("", "batch_1")
+    assert info is not None
+    assert info.completed == 1
+
+
+def test_another_takes_over_what_is_abandoned(store: SqlBatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + LEASE_SECONDS + 1)
+    assert store.claim("you") is not None
+    for late in (lambda: store.beat("batch_1", "me"), lambda: store.record("batch_1", "me", lines(1))):
+        with pytest.raises(LeaseLost):
+            late()
+    with pytest.raises(LeaseLost):
+        store.finish("batch_1", "me")
+    assert store.record("batch_1", "you", lines(1)) is BatchStatus.IN_PROGRESS
+    store.release("you")
+    assert store.claim("me") is not None
+
+
+def test_one_of_many_claims_it(store: SqlBatchStore) -> None:
+    add(store)
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda i: store.claim(f"owner {i}"), range(16)))
+    assert sum(batch is not None for batch in claimed) == 1
+
+
+def test_cancelled_while_it_runs(store: SqlBatchStore) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    assert store.cancel("other", "batch_1") is None
+    cancelling = store.cancel("", "batch_1")
+    assert cancelling is not None
+    assert cancelling.status is BatchStatus.CANCELLING
+    assert store.record("batch_1", "me", lines(1)) is BatchStatus.CANCELLING
+    done = store.finish("batch_1", "me")
+    assert (done.status, done.completed, done.output_file_id is None) == (BatchStatus.CANCELLED, 1, False)
+    assert store.cancel("", "batch_1") == done
+
+
+def test_a_refused_input(store: SqlBatchStore) -> None:
+    add(store)
+    store.claim("me")
+    store.refuse("batch_1", "me", [Problem("empty_file", "It is empty.")])
+    info = store.get("", "batch_1")
+    assert info is not None
+    assert (info.status, info.problems) == (BatchStatus.FAILED, [Problem("empty_file", "It is empty.")])
+    assert store.claim("me") is None
+
+
+def test_pages(store: SqlBatchStore, files: SqlFileStore) -> None:
+    for i in range(5):
+        add(store, f"batch_{i}", "mine")
+        files.add("mine", f"f{i}", "batch", lambda: [b"x"])
+    seen: list[str] = []
+    after, more = None, True
+    while more:
+        page = store.list("mine", after=after, limit=2)
+        assert page is not None
+        seen += [batch.id for batch in page.items]
+        after, more = page.items[-1].id, page.has_more
+    assert seen == [f"batch_{i}" for i in (4, 3, 2, 1, 0)]
+    assert store.list("yours", after="batch_1", limit=2) is None
+    listed = files.list("mine", purpose="batch", after=None, limit=9, newest_first=False)
+    assert listed is not None
+    assert [file.filename for file in listed.items] == [f"f{i}" for i in range(5)]
+    assert files.list("yours", purpose=None, after=listed.items[0].id, limit=9, newest_first=True) is None
+
+
+def test_files_of_any_size(files: SqlFileStore) -> None:
+    for size in (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5):
+        content = bytes(i % 251 for i in range(size))
+        info = files.add("", "name", "batch", lambda content=content: [content[:7], content[7:]])  # type: ignore[misc]
+        assert info.bytes == size
+        assert b"".join(files.chunks(info.id)) == content
+        assert files.delete("other", info.id) is None
+        assert files.delete("", info.id) is True
+        assert files.get("", info.id) is None
+
+
+def test_a_file_that_breaks_off_is_not_there(files: SqlFileStore) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"x"
+        raise ValueError("the client has gone")
+
+    with pytest.raises(ValueError, match="gone"):
+        files.add("", "name", "batch", broken)
+    listed = files.list("", purpose=None, after=None, limit=9, newest_first=True)
+    assert listed is not None
+    assert listed.items == []
+
+
+def test_a_file_in_use_stays(store: SqlBatchStore, files: SqlFileStore) -> None:
+    info = files.add("", "name", "batch", lambda: [b"x"])
+    store.add(BatchInfo("batch_9", "", "/v1/embeddings", info.id, "24h", 7))
+    assert files.delete("", info.id) is False
+
+
+def test_lines_are_numbered_across_chunks() -> None:
+    content = b'{"a":1}\n\n  \n{"b":2}\r\nlast'
+    for size in range(1, len(content) + 1):
+        chunks = [content[i : i + size] for i in range(0, len(content), size)]
+        found = [(n, line.strip()) for n, line in numbered(chunks)]
+        assert found == [(1, b'{"a":1}'), (4, b'{"b":2}'), (5, b"last")]
+
+
+@pytest.mark.parametrize(
+    ("content", "codes"),
+    [
+        (b"", [("empty_file", None)]),
+        (b"{", [("invalid_json_line", 1)]),
+        (b"[1]", [("invalid_json_line", 1)]),
+        (b'{"custom_id":"a","method":"POST","url":"/v1/embeddings"}', [("missing_required_parameter", 1)]),
+        (b'{"custom_id":1,"method":"POST","url":"/v1/embeddings","body":{}}', [("missing_required_parameter", 1)]),
+        (b'{"custom_id":"a","method":"GET","url":"/v1/embeddings","body":{}}', [("invalid_method", 1)]),
+        (b'{"custom_id":"a","method":"POST","url":"/v1/chat","body":{}}', [("mismatched_endpoint", 1)]),
+        (b'{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}\n' * 2, [("duplicate_custom_id", 2)]),
+        (b"\n".join(b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{}}' % i for i in range(6)),
+         [("too_many_lines", 5)]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int | None]]) -> None:
+    _, problems = checked([content], max_lines=4)
+    assert [(problem.code, problem.line) for problem in problems] == codes
