@@ -69,3 +69,19 @@ def test_the_readmes_search_finds_the_right_pages(server: str) -> None:
         "How do I slice a list? -> slicings",
         "What does the with statement do? -> with",
     ]
+
+
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [
+        ("contexts", "412 fingerprint_mismatch\n"),
+        ("batches", "doc-0 384\ndoc-1 384\ndoc-2 384\n"),
+    ],
+)
+def test_the_pages_examples_work_as_printed(server: str, page: str, printed: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = code.replace("http://127.0.0.1:8000", server)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed

@@ -56,9 +56,8 @@ def parsed(number: int, raw: bytes) -> Line | Problem:
     if given["method"] != "POST":
         return Problem("invalid_method", "The method of every line is POST.", number, "method")
     if given["url"] != ENDPOINT:
-        return Problem(
-            "mismatched_endpoint", f"The url of every line is the batch's endpoint, {ENDPOINT}.", number, "url"
-        )
+        message = f"The url of every line is the batch's endpoint, {ENDPOINT}."
+        return Problem("mismatched_endpoint", message, number, "url")
     return Line(number, given["custom_id"], given["body"])
 
 

@@ -192,5 +192,5 @@ def _results(connection: Connection, batch_id: str, *, ok: bool) -> Iterator[byt
 
 def _info(row: RowMapping) -> BatchInfo:
     fields = {name: row[name] for name in BatchInfo.__dataclass_fields__}
-    fields |= {"status": BatchStatus(row["status"]), "problems": [Problem(**p) for p in row["problems"]]}
+    fields |= {"status": BatchStatus(row["status"]), "problems": tuple(Problem(**p) for p in row["problems"])}
     return BatchInfo(**fields)

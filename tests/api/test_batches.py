@@ -14,7 +14,8 @@ import openai
 import pytest
 from openai.types import Batch
 
-from tests.api.test_auth import auth, entry
+from tests.api.test_auth import auth
+from tests.api.test_auth import entry as key_entry
 from tests.api.test_contexts import start_process
 from tests.compare import assert_same
 from tests.conftest import ANIMALS
@@ -199,7 +200,7 @@ def test_requests_go_first(client: openai.OpenAI) -> None:
 
 def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
-    file.write_text(entry("red", "red", "embed") + 'namespace = "red"\n' + entry("blue", "blue", "embed"))
+    file.write_text(key_entry("red", "red", "embed") + 'namespace = "red"\n' + key_entry("blue", "blue", "embed"))
     with live_server(tmp_path / "data", server={"keys_file": file}) as url:
         red, blue = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("red", "blue"))
         file_id = upload(red, [line("a", input="x")])

@@ -8,7 +8,6 @@ import pytest
 
 from app.batches.lines import checked, numbered
 from app.errors import StoreError
-from app.stores import batches as module
 from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
@@ -81,7 +80,7 @@ def test_another_takes_over_what_is_abandoned(store: SqlBatchStore, monkeypatch:
     store.claim("me")
     store.begin("batch_1", "me", 2)
     now = time.time()
-    monkeypatch.setattr(module.time, "time", lambda: now + LEASE_SECONDS + 1)
+    monkeypatch.setattr(time, "time", lambda: now + LEASE_SECONDS + 1)
     assert store.claim("you") is not None
     for late in (lambda: store.beat("batch_1", "me"), lambda: store.record("batch_1", "me", lines(1))):
         with pytest.raises(LeaseLost):
@@ -120,7 +119,7 @@ def test_a_refused_input(store: SqlBatchStore) -> None:
     store.refuse("batch_1", "me", [Problem("empty_file", "It is empty.")])
     info = store.get("", "batch_1")
     assert info is not None
-    assert (info.status, info.problems) == (BatchStatus.FAILED, [Problem("empty_file", "It is empty.")])
+    assert (info.status, info.problems) == (BatchStatus.FAILED, (Problem("empty_file", "It is empty."),))
     assert store.claim("me") is None
 
 
