@@ -106,8 +106,8 @@ class TextTokenizer:
         if not truncate:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self._max_length} tokens, however you requested {len(ids)} "
-                f"tokens (in input[{index}]; prompt and special tokens counted). Please reduce your input, or have it cut "
-                f"by sending truncate = end.",
+                f"tokens (in input[{index}]; prompt and special tokens counted). Please reduce your input, or send "
+                f"truncate = end to have it cut.",
                 param="input",
             )
         return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)

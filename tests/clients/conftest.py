@@ -74,9 +74,7 @@ def by_curl(live: str) -> list[list[float]]:
 
 
 @pytest.fixture
-def agrees(
-    by_curl: list[list[float]], record_property: Callable[[str, object], None]
-) -> Callable[[Any], None]:
+def agrees(by_curl: list[list[float]], record_property: Callable[[str, object], None]) -> Callable[[Any], None]:
     """Holds a client's vectors for TEXTS to curl's."""
 
     def check(vectors: Any) -> None:

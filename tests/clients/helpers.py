@@ -70,6 +70,7 @@ def run_node(code: str, **given: Any) -> Any:
         text=True,
         timeout=120,
         env={**os.environ, "GIVEN": json.dumps(given)},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

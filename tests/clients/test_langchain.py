@@ -19,7 +19,9 @@ WAYS = [
 
 
 def embeddings(base: str, **options: Any) -> Any:
-    return optional("langchain_openai").OpenAIEmbeddings(**{"base_url": base, "api_key": "none", "model": MODEL} | options)
+    return optional("langchain_openai").OpenAIEmbeddings(
+        **{"base_url": base, "api_key": "none", "model": MODEL} | options
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

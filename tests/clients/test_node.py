@@ -10,10 +10,10 @@ from tests.clients.refusing import Refusing
 from tests.live import V1
 
 SCRIPTS = ["openai.mjs", "langchain.mjs", "ai-sdk.mjs"]
-# script -> the error's class for a 404, a 400 and a 401
+# script -> the error's class for an unknown name, too long a text and a wrong key
 CLASSES = {
     "openai.mjs": ("NotFoundError", "BadRequestError", "AuthenticationError"),
-    "langchain.mjs": ("NotFoundError", "BadRequestError", "AuthenticationError"),
+    "langchain.mjs": ("NotFoundError", "ContextOverflowError", "AuthenticationError"),
     "ai-sdk.mjs": ("AI_APICallError", "AI_APICallError", "AI_APICallError"),
 }
 

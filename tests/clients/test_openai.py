@@ -60,7 +60,11 @@ def test_models(base: str) -> None:
     [
         ({"model": UNKNOWN}, openai.NotFoundError, "model_not_found"),
         ({"model": "minilm-context@nowhere"}, openai.NotFoundError, "context_not_found"),
-        ({"extra_body": {"context": "nowhere"}, "model": "minilm-context"}, openai.BadRequestError, "context_not_found"),
+        (
+            {"extra_body": {"context": "nowhere"}, "model": "minilm-context"},
+            openai.BadRequestError,
+            "context_not_found",
+        ),
         ({"extra_body": {"contxt": "legal"}}, openai.BadRequestError, "unknown_parameter"),
         ({"input": ""}, openai.BadRequestError, None),
         ({"input": TOO_LONG}, openai.BadRequestError, "context_length_exceeded"),
@@ -101,6 +105,8 @@ def test_without_retries_the_class_says_which(refusing: Refusing) -> None:
         pytest.raises((openai.RateLimitError, openai.InternalServerError)) as caught,
     ):
         asked(client)
-    assert isinstance(caught.value, openai.RateLimitError) == (caught.value.status_code == httpx.codes.TOO_MANY_REQUESTS)
+    assert isinstance(caught.value, openai.RateLimitError) == (
+        caught.value.status_code == httpx.codes.TOO_MANY_REQUESTS
+    )
     assert caught.value.response.headers["retry-after"] == "1"
     assert refusing.requests == 1

@@ -8,5 +8,6 @@ try {
     : await client.embedDocuments(texts);
   console.log(JSON.stringify({ vectors }));
 } catch (error) {
-  console.log(JSON.stringify({ error: error.constructor.name, status: error.status, code: error.code }));
+  const { status, code } = error.cause ?? error;
+  console.log(JSON.stringify({ error: error.constructor.name, status, code }));
 }
