@@ -74,12 +74,12 @@ def by_curl(live: str) -> list[list[float]]:
 
 
 @pytest.fixture
-def agrees(by_curl: list[list[float]], record_property: Callable[[str, object], None]) -> Callable[[Any], None]:
+def agrees(by_curl: list[list[float]], request: pytest.FixtureRequest) -> Callable[[Any], None]:
     """Holds a client's vectors for TEXTS to curl's."""
 
     def check(vectors: Any) -> None:
         least = least_cosine(vectors, by_curl)
-        record_property("min_cosine", least)
+        request.node.user_properties.append(("min_cosine", least))
         assert least > LEAST_COSINE
 
     return check

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients.helpers import KEY, MODEL, TEXTS, TOO_LONG, UNKNOWN, curl_vectors, program
+from tests.clients.helpers import KEY, MODEL, TEXTS, TOO_LONG, UNKNOWN, curl_vectors, least_cosine, program
 from tests.clients.refusing import Refusing
 from tests.live import V1
 
@@ -24,6 +24,10 @@ def curl(*arguments: str, body: Any = None) -> subprocess.CompletedProcess[str]:
 def test_vectors_have_length_one_and_equal_texts_equal_vectors(by_curl: list[list[float]]) -> None:
     assert np.allclose(np.linalg.norm(by_curl, axis=1), 1, atol=1e-5)
     assert by_curl[0] == by_curl[-1]
+
+
+def test_the_context_matters(live: str, by_curl: list[list[float]]) -> None:
+    assert least_cosine(curl_vectors(live, "minilm-context", TEXTS), by_curl) < 0.99
 
 
 def test_field_and_header_name_the_same_context(base: str, agrees: Callable[[Any], None]) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,22 @@ def blocks(page: str, language: str, live: str) -> str:
     return "".join(found).replace(ADDRESS, live)
 
 
-def holds(live: str, printed: Any, record_property: Callable[[str, object], None]) -> None:
+def holds(live: str, printed: Any, request: pytest.FixtureRequest) -> None:
     model, texts, vectors = printed
     least = least_cosine(vectors, curl_vectors(live, model, texts))
-    record_property("min_cosine", least)
+    request.node.user_properties.append(("min_cosine", least))
     assert least > LEAST_COSINE
 
 
 @pytest.mark.parametrize("page", PYTHON)
-def test_python_pages(page: str, live: str, record_property: Callable[[str, object], None]) -> None:
+def test_python_pages(page: str, live: str, request: pytest.FixtureRequest) -> None:
     optional(PYTHON[page])
-    holds(live, in_python(blocks(page, "python", live)), record_property)
+    holds(live, in_python(blocks(page, "python", live)), request)
 
 
 @pytest.mark.parametrize("page", NODE)
-def test_node_pages(page: str, live: str, record_property: Callable[[str, object], None]) -> None:
-    holds(live, in_node(blocks(page, "js", live)), record_property)
+def test_node_pages(page: str, live: str, request: pytest.FixtureRequest) -> None:
+    holds(live, in_node(blocks(page, "js", live)), request)
 
 
 def test_the_curl_page(live: str) -> None:
