@@ -1,9 +1,16 @@
-"""The README's tables, made from the code: `python -m tests.docs` prints them."""
+"""The README's tables and the OpenAPI page, made from the code: `python -m tests.docs [openapi]` prints them."""
 
+import asyncio
+import json
+import sys
+from typing import Any
+
+import httpx
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from app.api.openai_errors import FRAMEWORK, INVALID, TABLE
+from app.main import create_app
 from app.settings import ModelSettings, Settings
 
 
@@ -38,5 +45,17 @@ def error_rows() -> list[str]:
     return ["| status | type | code | when |", "|---|---|---|---|", *lines]
 
 
+def openapi_page() -> str:
+    """/openapi.json as it is committed."""
+
+    async def page() -> Any:
+        transport = httpx.ASGITransport(app=create_app(Settings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return (await client.get("/openapi.json")).json()
+
+    return json.dumps(asyncio.run(page()), indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
-    print("\n".join([*settings_rows(), "", *error_rows()]))  # noqa: T201
+    tables = "\n".join([*settings_rows(), "", *error_rows(), ""])
+    sys.stdout.write(openapi_page() if sys.argv[1:] == ["openapi"] else tables)
