@@ -1,5 +1,7 @@
-"""Two server processes on one PostgreSQL: creates, moves, deletes and embeds at once, and every vector is the one of the
-version its answer names. CDE_TEST_SECONDS makes it longer."""
+"""Two server processes on one PostgreSQL: creates, moves, deletes and embeds at once.
+
+Every vector is the one of the version its answer names. TRAFFIC_SECONDS makes it longer.
+"""
 
 import os
 import random
@@ -15,23 +17,30 @@ import pytest
 
 from app.domain import InputType
 from app.payloads import from_safetensors
+from tests.api.test_contexts import start_process
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
-from tests.live import V1, live_server
+from tests.live import V1
 from tests.models.conftest import embed, load_golden, tokenized
 from tests.postgres import new_database
 
-SECONDS = float(os.environ.get("CDE_TEST_SECONDS", "6"))
+SECONDS = float(os.environ.get("TRAFFIC_SECONDS", "6"))
 NAMES = ("a", "b", "c")
 CORPORA = [[*ANIMALS[i : i + 6], *COOKING[i : i + 3]] for i in range(6)]
 TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS)]
 
 
 @pytest.fixture
-def servers(tmp_path: Path, postgres: str) -> Iterator[list[str]]:
-    contexts = {"database_url": new_database(postgres)}
-    with live_server(tmp_path / "a", contexts=contexts) as one, live_server(tmp_path / "b", contexts=contexts) as two:
-        yield [one, two]
+def servers(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    monkeypatch.setenv("CDE__CONTEXTS__DATABASE_URL", new_database(postgres))
+    started = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        started.append(start_process(tmp_path / name))
+    yield [url for _, url in started]
+    for process, _ in started:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 class Traffic:
