@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,13 +29,11 @@ CORPORA = [[*ANIMALS[i : i + 6], *COOKING[i : i + 3]] for i in range(6)]
 TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS)]
 
 
-@pytest.fixture
-def servers(tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    monkeypatch.setenv("CDE__CONTEXTS__DATABASE_URL", new_database(postgres))
-    started = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        started.append(start_process(tmp_path / name))
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[list[str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDE__CONTEXTS__DATABASE_URL", new_database(postgres))
+        started = [start_process(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
     yield [url for _, url in started]
     for process, _ in started:
         process.terminate()
