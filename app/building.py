@@ -68,7 +68,7 @@ class ContextBuilder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._building: dict[str, asyncio.Task[Arrays]] = {}
+        self._building: dict[tuple[str, bool], asyncio.Task[Arrays]] = {}  # by id, and whether in the background
 
     async def plan(
         self,
@@ -94,8 +94,12 @@ class ContextBuilder:
             return _chosen(replace(plan, id=id_of_documents(spec, prompt, tokens)), served)
         return replace(plan, id=id_of_candidates(spec, prompt, tokens, plan.selection))
 
-    async def build(self, served: ServedModel, plan: Plan, progress: Progress = lambda _: None) -> Outcome:
-        """The first stage over all documents. Raises FirstStageUnavailable, and what the engine raises."""
+    async def build(
+        self, served: ServedModel, plan: Plan, progress: Progress = lambda _: None, *, background: bool = False
+    ) -> Outcome:
+        """The first stage over all documents; one that is wanted now never waits for one in the background.
+
+        Raises FirstStageUnavailable, and what the engine raises."""
         if not served.spec.has_first_stage:
             raise FirstStageUnavailable(
                 f"{served.spec.id} is served without its first stage: import dataset embeddings with "
@@ -104,19 +108,20 @@ class ContextBuilder:
             )
         known: Mapping[TokenizedText, FloatArray] = {}
         if not plan.is_chosen:
-            plan, known = await self._diverse(served, plan, progress)
-        task = self._building.get(plan.id)
+            plan, known = await self._diverse(served, plan, progress, background=background)
+        key = (plan.id, background and (plan.id, False) not in self._building)
+        task = self._building.get(key)
         if task is None:
-            task = asyncio.create_task(self._first_stage(served, plan, known, progress))
-            self._building[plan.id] = task
-            task.add_done_callback(lambda _: self._building.pop(plan.id, None))
+            task = asyncio.create_task(self._first_stage(served, plan, known, progress, background=background))
+            self._building[key] = task
+            task.add_done_callback(lambda _: self._building.pop(key, None))
         return Outcome(plan.id, await asyncio.shield(task), plan.documents, plan.selection, plan.counts)
 
     async def _diverse(
-        self, served: ServedModel, plan: Plan, progress: Progress
+        self, served: ServedModel, plan: Plan, progress: Progress, *, background: bool
     ) -> tuple[Plan, Mapping[TokenizedText, FloatArray]]:
         """The plan of the documents that lie farthest apart, and the vectors that need no second computation."""
-        corpus, vectors = await self._vectors(served, plan, {}, progress)
+        corpus, vectors = await self._vectors(served, plan, {}, progress, background=background)
         chosen, radius = await asyncio.to_thread(farthest_first, np.stack(vectors), plan.corpus_size)
         tokens = [plan.tokens[i] for i in chosen]
         selection = replace(plan.selection, candidates=len(plan.documents), coverage_radius=radius)
@@ -133,16 +138,28 @@ class ContextBuilder:
         return _chosen(fewer, served), known
 
     async def _first_stage(
-        self, served: ServedModel, plan: Plan, known: Mapping[TokenizedText, FloatArray], progress: Progress
+        self,
+        served: ServedModel,
+        plan: Plan,
+        known: Mapping[TokenizedText, FloatArray],
+        progress: Progress,
+        *,
+        background: bool,
     ) -> Arrays:
-        corpus, rows = await self._vectors(served, plan, known, progress)
+        corpus, rows = await self._vectors(served, plan, known, progress, background=background)
         if served.spec.corpus_size_is_exact:
             rows = repeated(rows, served.spec.corpus_size)
         embeddings = np.stack(rows) if rows else np.empty((0, served.spec.hidden_size), np.float32)
         return {**corpus, DATASET_EMBEDDINGS: embeddings}
 
     async def _vectors(
-        self, served: ServedModel, plan: Plan, known: Mapping[TokenizedText, FloatArray], progress: Progress
+        self,
+        served: ServedModel,
+        plan: Plan,
+        known: Mapping[TokenizedText, FloatArray],
+        progress: Progress,
+        *,
+        background: bool,
     ) -> tuple[Arrays, list[FloatArray]]:
         """What the first stage takes from all documents together, and their vectors (hidden_size,), in order."""
         corpus = await asyncio.to_thread(served.model.corpus_arrays, plan.tokens)
@@ -151,14 +168,16 @@ class ContextBuilder:
         missing = [text for text in plan.tokens if text not in vectors]
         for start in range(0, len(missing), SLICE):
             some = missing[start : start + SLICE]
-            vectors |= zip(some, await self._slice(served, some, payload), strict=True)
+            vectors |= zip(some, await self._slice(served, some, payload, background=background), strict=True)
             progress(min(plan.total, start + len(some)))
         return corpus, [vectors[text] for text in plan.tokens]
 
-    async def _slice(self, served: ServedModel, tokens: Sequence[TokenizedText], payload: Payload) -> FloatArray:
+    async def _slice(
+        self, served: ServedModel, tokens: Sequence[TokenizedText], payload: Payload, *, background: bool
+    ) -> FloatArray:
         while True:
             try:
-                future = self._engine.submit(served.id, Stage.FIRST, tokens, payload)
+                future = self._engine.submit(served.id, Stage.FIRST, tokens, payload, background=background)
             except QueueFull:  # requests come first; a build waits for room
                 await asyncio.sleep(0.2)
             else:

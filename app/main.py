@@ -155,7 +155,9 @@ class Server:
         await self._probe()  # warm-up
         batches, files = SqlBatchStore(self._database), SqlFileStore(self._database)
         answers = LineAnswers(state.service, settings)
-        state.runner = BatchRunner(batches, files, answers, max_lines=limits.max_batch_lines)
+        state.runner = BatchRunner(
+            batches, files, answers, max_lines=limits.max_batch_lines, max_line_bytes=limits.max_body_bytes
+        )
         state.batches = Batches(batches, files, state.runner)
         state.runner.start()
 

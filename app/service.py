@@ -169,7 +169,7 @@ class EmbeddingService:
                     f"Documents came in 'context', and {_named(sources)} names a stored context. Send one of them.",
                     param="context",
                 )
-            inline = await self._contexts.inline(choice.served, request.inline_documents)
+            inline = await self._contexts.inline(choice.served, request.inline_documents, background=request.background)
             return _Resolved(inline.id, inline.load, None)
         text = _agreed("context", sources)
         if text is None:

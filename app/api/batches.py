@@ -18,7 +18,14 @@ from app.api.openai_errors import response_of
 from app.api.openapi import form, takes
 from app.api.schemas import EmbeddingsRequest, ORJSONResponse, embeddings_body, list_body
 from app.batches.service import check_purpose
-from app.errors import InvalidRequest, RequestTooLarge, RetryableError, StoreError, UnsupportedMediaType
+from app.errors import (
+    InvalidRequest,
+    RequestTooLarge,
+    RetryableError,
+    StoreError,
+    UnknownParameter,
+    UnsupportedMediaType,
+)
 from app.service import EmbeddingService
 from app.settings import Settings
 
@@ -60,6 +67,9 @@ async def upload_file(
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaType("multipart/form-data with 'file' and 'purpose' is expected.")
     async with _bounded(request, settings.limits.max_file_bytes).form(max_files=1, max_fields=20) as given:
+        unknown = next((name for name in given if name not in ("file", "purpose")), None)
+        if unknown is not None and settings.server.unknown_parameters == "reject":
+            raise UnknownParameter(f"Unknown parameter: '{unknown[:100]}'. Known: file, purpose.", param=unknown[:100])
         purpose, file = given.get("purpose"), given.get("file")
         if not isinstance(purpose, str):
             raise InvalidRequest("Missing required parameter: 'purpose'.", param="purpose")

@@ -1,6 +1,8 @@
 """A batch's input, line by line, in OpenAI's format."""
 
-from collections.abc import Iterable, Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,8 @@ import orjson
 from app.stores.batch_base import Problem
 
 ENDPOINT = "/v1/embeddings"
-MAX_LINE_BYTES = 64 * 2**20
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+BOM = b"\xef\xbb\xbf"
 MAX_PROBLEMS = 100
 """Of a bad input, as many are told."""
 
@@ -29,28 +32,46 @@ class Line:
         return len(given) if isinstance(given, list) else 1
 
 
-def numbered(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines of a content in chunks, blank ones left out."""
-    rest, number = b"", 0
+class LineTooLong(Exception):
+    """Line `number` is over the limit."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def numbered(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Lines of a content in chunks, blank ones left out. Raises LineTooLong."""
+    parts: list[bytes] = []  # of a line that goes on in the next chunk
+    number = 1
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield number, line
-    if rest.strip():
-        yield number + 1, rest
+        for i, piece in enumerate(chunk.split(b"\n")):
+            if i:
+                if line := _line(number, parts):
+                    yield number, line
+                parts, number = [], number + 1
+            parts.append(piece)
+            if sum(map(len, parts)) > max_line_bytes:
+                raise LineTooLong(number)
+    if line := _line(number, parts):
+        yield number, line
+
+
+def _line(number: int, parts: Sequence[bytes]) -> bytes:
+    line = b"".join(parts).strip()
+    return line.removeprefix(BOM) if number == 1 else line
 
 
 def parsed(number: int, raw: bytes) -> Line | Problem:
     try:
-        given = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+        given = _json(raw)
+    except (ValueError, RecursionError):
         return Problem("invalid_json_line", "This line is not parseable as valid JSON.", number)
     if not isinstance(given, dict):
         return Problem("invalid_json_line", "This line is not a JSON object.", number)
     for name, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
-        if not isinstance(given.get(name), kind):
+        value = given.get(name)
+        if not isinstance(value, kind) or (isinstance(value, str) and LONE_SURROGATE.search(value)):
             message = f"Missing required parameter: '{name}'." if name not in given else f"Invalid '{name}'."
             return Problem("missing_required_parameter", message, number, name)
     if given["method"] != "POST":
@@ -61,24 +82,36 @@ def parsed(number: int, raw: bytes) -> Line | Problem:
     return Line(number, given["custom_id"], given["body"])
 
 
-def checked(chunks: Iterable[bytes], max_lines: int) -> tuple[int, list[Problem]]:
+def _json(raw: bytes) -> Any:
+    """As POST /v1/embeddings reads it: orjson, and for the lone surrogates that JavaScript sends Python's own."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return json.loads(raw)
+
+
+def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tuple[int, list[Problem]]:
     """How many lines there are, and what is wrong with them. Holds the custom ids in memory, and one line."""
     problems: list[Problem] = []
     seen: set[str] = set()
     total = 0
-    for number, raw in numbered(chunks):
-        total += 1
-        line = parsed(number, raw)
-        if isinstance(line, Line) and line.custom_id in seen:
-            message = "The custom_id of every line is its own; this one was there before."
-            line = Problem("duplicate_custom_id", message, number, "custom_id")
-        if isinstance(line, Line):
-            seen.add(line.custom_id)
-        elif len(problems) < MAX_PROBLEMS:
-            problems.append(line)
-        if total > max_lines:
-            problems.append(Problem("too_many_lines", f"A batch holds at most {max_lines} lines.", number))
-            break
+    try:
+        for number, raw in numbered(chunks, max_line_bytes):
+            total += 1
+            line = parsed(number, raw)
+            if isinstance(line, Line) and line.custom_id in seen:
+                message = "The custom_id of every line is its own; this one was there before."
+                line = Problem("duplicate_custom_id", message, number, "custom_id")
+            if isinstance(line, Line):
+                seen.add(line.custom_id)
+            elif len(problems) < MAX_PROBLEMS:
+                problems.append(line)
+            if total > max_lines:
+                problems.append(Problem("too_many_lines", f"A batch holds at most {max_lines} lines.", number))
+                break
+    except LineTooLong as error:
+        message = f"This line is longer than the {max_line_bytes} bytes this server takes."
+        return total, [*problems, Problem("invalid_json_line", message, error.number)]
     if total == 0:
         problems.append(Problem("empty_file", "The input file is empty. Please ensure it holds at least one line."))
     return total, problems

@@ -1,4 +1,4 @@
-"""Runs batches at low priority, one at a time in a process, so that no line is lost and none is answered twice.
+"""Runs batches at low priority, a few side by side in a process, so that no line is lost and none is answered twice.
 
 A batch belongs to the process that claimed it for as long as that gives signs of life; every write is made in a
 transaction that sees to it that it still does.
@@ -33,22 +33,28 @@ BEAT_SECONDS = 2.0
 WINDOW_LINES, WINDOW_TEXTS = 32, 256
 """Lines on the engine together; their answers are stored together."""
 LONGEST_WAIT = 5.0
+AT_ONCE = 4
+"""Batches side by side, so that a small one does not wait for the end of a large one."""
 
 
 class BatchRunner:
     """For one event loop."""
 
-    def __init__(self, store: SqlBatchStore, files: SqlFileStore, answer: Answer, *, max_lines: int) -> None:
+    def __init__(
+        self, store: SqlBatchStore, files: SqlFileStore, answer: Answer, *, max_lines: int, max_line_bytes: int
+    ) -> None:
         self._store = store
         self._files = files
         self._answer = answer
         self._max_lines = max_lines
-        self._owner = f"{socket.gethostname()[:20]}-{uuid.uuid4().hex}"
+        self._max_line_bytes = max_line_bytes
         self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by the name each claims batches under
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        for _ in range(AT_ONCE):
+            owner = f"{socket.gethostname()[:20]}-{uuid.uuid4().hex}"
+            self._tasks[owner] = asyncio.create_task(self._run(owner))
 
     def wake(self) -> None:
         """There is something to run."""
@@ -56,20 +62,20 @@ class BatchRunner:
 
     async def close(self) -> None:
         """Stops; another process, or the next start, goes on behind the last stored answer."""
-        if self._task is None:
-            return
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-        with suppress(StoreError):
-            await asyncio.to_thread(self._store.release, self._owner)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for owner in self._tasks:
+            with suppress(StoreError):
+                await asyncio.to_thread(self._store.release, owner)
 
-    async def _run(self) -> None:
+    async def _run(self, owner: str) -> None:
         while True:
+            self._woken.clear()  # before the look: what comes during it counts
             try:
-                batch = await asyncio.to_thread(self._store.claim, self._owner)
+                batch = await asyncio.to_thread(self._store.claim, owner)
                 if batch is not None:
-                    await self._carry_through(batch)
+                    await self._carry_through(batch, owner)
                     continue
             except LeaseLost:
                 log.warning("a batch was taken over by another process")
@@ -77,25 +83,25 @@ class BatchRunner:
                 log.warning("batches wait: %s", error)
             except Exception as error:
                 log.error("unexpected %s in a batch", type(error).__name__, exc_info=error)
-            self._woken.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
 
-    async def _carry_through(self, batch: BatchInfo) -> None:
-        beating = asyncio.create_task(self._beat(batch))
+    async def _carry_through(self, batch: BatchInfo, owner: str) -> None:
+        stopped = asyncio.Event()
+        beating = asyncio.create_task(self._beat(batch, owner, stopped))
         BATCHES_RUNNING.inc()
         try:
             status = batch.status
             if status is BatchStatus.VALIDATING:
                 total, problems = await asyncio.to_thread(self._checked, batch)
                 if problems:
-                    await asyncio.to_thread(self._store.refuse, batch.id, self._owner, problems)
+                    await asyncio.to_thread(self._store.refuse, batch.id, owner, problems)
                     log.info("batch %s: its input is refused", batch.id)
                     return
-                status = await asyncio.to_thread(self._store.begin, batch.id, self._owner, total)
+                status = await asyncio.to_thread(self._store.begin, batch.id, owner, total)
             if status is BatchStatus.IN_PROGRESS:
-                await self._work(batch)
-            done = await asyncio.to_thread(self._store.finish, batch.id, self._owner)
+                await self._work(batch, owner, stopped)
+            done = await asyncio.to_thread(self._store.finish, batch.id, owner)
             log.info("batch %s is %s: %d of %d lines, %d failed", done.id, done.status, done.completed, done.total,
                      done.failed)  # fmt: skip
         finally:
@@ -103,24 +109,27 @@ class BatchRunner:
             BATCHES_RUNNING.dec()
 
     def _checked(self, batch: BatchInfo) -> tuple[int, list[Any]]:
-        return checked(self._files.chunks(batch.input_file_id), self._max_lines)
+        return checked(self._files.chunks(batch.input_file_id), self._max_lines, self._max_line_bytes)
 
-    async def _work(self, batch: BatchInfo) -> None:
-        """All lines that have no answer yet; ends early when the batch is cancelled."""
+    async def _work(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
+        """All lines that have no answer yet; ends early when the batch is cancelled or lost."""
         answered = await asyncio.to_thread(self._store.answered, batch.id)
         windows = self._windows(batch, answered)
         while window := await asyncio.to_thread(next, windows, None):
-            results = await asyncio.gather(*(self._result(batch, line) for line in window))
-            status = await asyncio.to_thread(self._store.record, batch.id, self._owner, results)
+            found = await asyncio.gather(*(self._result(batch, line, stopped) for line in window))
+            results = [result for result in found if result is not None]
+            if not results:
+                return
+            status = await asyncio.to_thread(self._store.record, batch.id, owner, results)
             for result in results:
                 BATCH_LINES.labels("completed" if result.ok else "failed").inc()
-            if status is BatchStatus.CANCELLING:
+            if status is BatchStatus.CANCELLING or stopped.is_set():
                 return
 
     def _windows(self, batch: BatchInfo, answered: set[int]) -> Iterator[list[Line]]:
         lines = (
             line
-            for number, raw in numbered(self._files.chunks(batch.input_file_id))
+            for number, raw in numbered(self._files.chunks(batch.input_file_id), self._max_line_bytes)
             if number not in answered and isinstance(line := parsed(number, raw), Line)
         )
         while window := list(islice(lines, 1)):
@@ -130,30 +139,39 @@ class BatchRunner:
                 texts += more[0].inputs
             yield window
 
-    async def _result(self, batch: BatchInfo, line: Line) -> LineResult:
-        status, body = await self._patiently(line.body, batch.namespace)
+    async def _result(self, batch: BatchInfo, line: Line, stopped: asyncio.Event) -> LineResult | None:
+        answered = await self._patiently(line.body, batch.namespace, stopped)
+        if answered is None:
+            return None
+        status, body = answered
         response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": orjson.Fragment(body)}
         answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response}
-        return LineResult(line.number, status < 400, orjson.dumps(answer | {"error": None}))
+        return LineResult(
+            line.number, status < 400, orjson.dumps(answer | {"error": None}, option=orjson.OPT_APPEND_NEWLINE)
+        )
 
-    async def _patiently(self, body: Any, namespace: str) -> tuple[int, bytes]:
-        """What may pass is waited for, however long that takes."""
-        while True:
+    async def _patiently(self, body: Any, namespace: str, stopped: asyncio.Event) -> tuple[int, bytes] | None:
+        """What may pass is waited for, however long that takes; None: until the batch was stopped."""
+        while not stopped.is_set():
             try:
                 return await self._answer(body, namespace)
             except ShuttingDown:
                 raise
             except RetryableError as error:
-                await asyncio.sleep(min(error.retry_after, LONGEST_WAIT))
+                seconds = min(error.retry_after, LONGEST_WAIT)
             except StoreError:
-                await asyncio.sleep(1.0)
+                seconds = 1.0
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), seconds)
+        return None
 
-    async def _beat(self, batch: BatchInfo) -> None:
-        while True:
+    async def _beat(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
+        while not stopped.is_set():
             await asyncio.sleep(BEAT_SECONDS)
             try:
-                await asyncio.to_thread(self._store.beat, batch.id, self._owner)
+                if await asyncio.to_thread(self._store.beat, batch.id, owner) is BatchStatus.CANCELLING:
+                    stopped.set()
             except LeaseLost:
-                return  # the next answers cannot be stored, which ends the run
+                stopped.set()  # the next answers cannot be stored, which ends the run
             except StoreError as error:
                 log.warning("no sign of life of batch %s: %s", batch.id, error)

@@ -69,7 +69,7 @@ class BatchInfo:
 
 @dataclass(frozen=True, slots=True)
 class LineResult:
-    """The answer to a line of the input, as a line of the output (`ok`) or of the errors."""
+    """The answer to a line of the input, as a line of the output (`ok`) or of the errors, newline in."""
 
     number: int
     ok: bool

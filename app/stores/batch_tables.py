@@ -14,10 +14,13 @@ files = Table(
     Column("purpose", String(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    # What a batch put out is not copied: the file is that batch's lines that went well, or those that did not.
+    Column("batch_id", String(40)),
+    Column("ok", Boolean),
     sqlite_autoincrement=True,
 )
 
-# A file's content in order, in pieces that fit in memory.
+# The content of what was sent in, in order, in pieces that fit in memory.
 file_chunks = Table(
     "file_chunks",
     metadata,
@@ -51,12 +54,13 @@ batches = Table(
     sqlite_autoincrement=True,
 )
 
-# The answer to each line, once, until the output files are written.
+# The answer to each line, once.
 batch_lines = Table(
     "batch_lines",
     metadata,
     Column("batch_id", String(40), ForeignKey("batches.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("ok", Boolean, nullable=False),
+    Column("bytes", Integer, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )

@@ -1,11 +1,11 @@
 """Batches in the database: their states, who runs them, and the answer to each line, once."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, delete, insert, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, func, insert, or_, select, update
 
 from app.stores.batch_base import (
     LEASE_SECONDS,
@@ -19,9 +19,7 @@ from app.stores.batch_base import (
 )
 from app.stores.batch_tables import batch_lines, batches
 from app.stores.database import Database
-from app.stores.files import page, write_file
-
-PAGE_LINES = 100
+from app.stores.files import add_file, page
 
 
 class SqlBatchStore:
@@ -52,7 +50,7 @@ class SqlBatchStore:
         return None if rows is None else Listing([_info(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
     def cancel(self, namespace: str, batch_id: str) -> BatchInfo | None:
-        """`cancelling`, unless it is finished or being finished; None where there is none."""
+        """`cancelling`, or `cancelled` where it was not begun, unless it is finished; None where there is none."""
 
         def work(connection: Connection) -> BatchInfo | None:
             query = select(batches).where(batches.c.namespace == namespace, batches.c.id == batch_id)
@@ -61,6 +59,8 @@ class SqlBatchStore:
                 return None
             if row["status"] in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):
                 row = _moved(connection, row, BatchStatus.CANCELLING)
+                if row["owner"] is None and not row["completed"] + row["failed"]:  # nobody to wait for, nothing to keep
+                    row = _moved(connection, row, BatchStatus.CANCELLED)
             return _info(row)
 
         return self._database.write(work)
@@ -127,7 +127,7 @@ class SqlBatchStore:
 
         def work(connection: Connection) -> BatchStatus:
             row = _owned(connection, batch_id, owner)
-            values = [{"batch_id": batch_id, "number": r.number, "ok": r.ok, "data": r.data} for r in results]
+            values = [{"batch_id": batch_id, "bytes": len(r.data), **asdict(r)} for r in results]
             connection.execute(insert(batch_lines), values)
             good = sum(r.ok for r in results)
             counts = {"completed": row["completed"] + good, "failed": row["failed"] + len(results) - good}
@@ -137,7 +137,7 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def finish(self, batch_id: str, owner: str) -> BatchInfo:
-        """Writes the output files and the last state, in one transaction."""
+        """The answers become files, which copies nothing, and the batch ends."""
 
         def work(connection: Connection) -> BatchInfo:
             row = _owned(connection, batch_id, owner)
@@ -146,7 +146,6 @@ class SqlBatchStore:
                 "output_file_id": _output(connection, row, ok=True) if row["completed"] else None,
                 "error_file_id": _output(connection, row, ok=False) if row["failed"] else None,
             }
-            connection.execute(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
             if not cancelled:
                 row = _moved(connection, row, BatchStatus.FINALIZING)
             last = BatchStatus.CANCELLED if cancelled else BatchStatus.COMPLETED
@@ -172,22 +171,10 @@ def _moved(connection: Connection, row: RowMapping, status: BatchStatus, **more:
 
 def _output(connection: Connection, row: RowMapping, *, ok: bool) -> str:
     """A file of the lines' answers, in the order of the input."""
-    kind = "output" if ok else "error"
-    content = (result + b"\n" for result in _results(connection, row["id"], ok=ok))
-    return write_file(connection, row["namespace"], f"{row['id']}_{kind}.jsonl", "batch_output", content).id
-
-
-def _results(connection: Connection, batch_id: str, *, ok: bool) -> Iterator[bytes]:
-    last = 0
-    while True:
-        query = select(batch_lines.c.number, batch_lines.c.data).where(
-            and_(batch_lines.c.batch_id == batch_id, batch_lines.c.ok == ok, batch_lines.c.number > last)
-        )
-        rows = connection.execute(query.order_by(batch_lines.c.number).limit(PAGE_LINES)).all()
-        if not rows:
-            return
-        yield from (row.data for row in rows)
-        last = rows[-1].number
+    mine = and_(batch_lines.c.batch_id == row["id"], batch_lines.c.ok == ok)
+    size = connection.scalar(select(func.sum(batch_lines.c.bytes)).where(mine)) or 0
+    name = f"{row['id']}_{'output' if ok else 'error'}.jsonl"
+    return add_file(connection, row["namespace"], name, "batch_output", int(size), batch_id=row["id"], ok=ok).id
 
 
 def _info(row: RowMapping) -> BatchInfo:

@@ -3,15 +3,18 @@
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, delete, insert, select, update
 
 from app.stores.batch_base import UNFINISHED, FileInfo, Listing
-from app.stores.batch_tables import batches, file_chunks, files
+from app.stores.batch_tables import batch_lines, batches, file_chunks, files
 from app.stores.database import Database
 
 CHUNK_BYTES = 2**20
+LOOK_AHEAD = 500
+"""Lines whose sizes are looked at to make a piece of about CHUNK_BYTES."""
 
 
 class SqlFileStore:
@@ -22,7 +25,7 @@ class SqlFileStore:
 
     def add(self, namespace: str, filename: str, purpose: str, content: Callable[[], Iterable[bytes]]) -> FileInfo:
         """A file, whole or not at all. `content` is called for each attempt."""
-        return self._database.write(lambda connection: write_file(connection, namespace, filename, purpose, content()))
+        return self._database.write(lambda connection: _written(connection, namespace, filename, purpose, content()))
 
     def get(self, namespace: str, file_id: str) -> FileInfo | None:
         query = select(files).where(files.c.namespace == namespace, files.c.id == file_id)
@@ -43,45 +46,74 @@ class SqlFileStore:
 
     def chunks(self, file_id: str) -> Iterator[bytes]:
         """The content, piece by piece, each read in a transaction of its own."""
-        number = 0
-        while True:
-            query = select(file_chunks.c.data).where(file_chunks.c.file_id == file_id, file_chunks.c.number == number)
+        with self._database.reading() as connection:
+            row = connection.execute(select(files).where(files.c.id == file_id)).mappings().first()
+        position: int | None = -1
+        while row is not None and position is not None:
             with self._database.reading() as connection:
-                data: bytes | None = connection.scalar(query)
-            if data is None:
-                return
-            yield data
-            number += 1
+                position, data = _piece(connection, row, position)
+            if data:
+                yield data
 
     def delete(self, namespace: str, file_id: str) -> bool | None:
         """None: there is none. False: an unfinished batch reads it, nothing is done."""
 
         def work(connection: Connection) -> bool | None:
-            query = select(files.c.seq).where(files.c.namespace == namespace, files.c.id == file_id)
-            if connection.scalar(query) is None:
+            query = select(files).where(files.c.namespace == namespace, files.c.id == file_id)
+            row = connection.execute(query.with_for_update()).mappings().first()
+            if row is None:
                 return None
             reads = select(batches.c.seq).where(batches.c.input_file_id == file_id, batches.c.status.in_(UNFINISHED))
             if connection.scalar(reads.limit(1)) is not None:
                 return False
             connection.execute(delete(file_chunks).where(file_chunks.c.file_id == file_id))
+            if row["batch_id"] is not None:
+                connection.execute(delete(batch_lines).where(_of(row)))
             connection.execute(delete(files).where(files.c.id == file_id))
             return True
 
         return self._database.write(work)
 
 
-def write_file(
-    connection: Connection, namespace: str, filename: str, purpose: str, content: Iterable[bytes]
-) -> FileInfo:
-    """Inside a transaction."""
-    file_id, size = f"file-{uuid.uuid4().hex[:24]}", 0
-    values = {"id": file_id, "namespace": namespace, "filename": filename[:255], "purpose": purpose, "bytes": 0}
-    connection.execute(insert(files).values(**values, created_at=int(time.time())))
+def add_file(connection: Connection, namespace: str, filename: str, purpose: str, size: int, **output: Any) -> FileInfo:
+    """`output`: of which batch the file is the output, and which half."""
+    info = FileInfo(
+        f"file-{uuid.uuid4().hex[:24]}", namespace, filename[:255], purpose, bytes=size, created_at=int(time.time())
+    )
+    connection.execute(insert(files).values(**asdict(info), **output))
+    return info
+
+
+def _written(connection: Connection, namespace: str, filename: str, purpose: str, content: Iterable[bytes]) -> FileInfo:
+    info, size = add_file(connection, namespace, filename, purpose, 0), 0
     for number, data in enumerate(_resized(content)):
-        connection.execute(insert(file_chunks).values(file_id=file_id, number=number, data=data))
+        connection.execute(insert(file_chunks).values(file_id=info.id, number=number, data=data))
         size += len(data)
-    connection.execute(update(files).where(files.c.id == file_id).values(bytes=size))
-    return _info(connection.execute(select(files).where(files.c.id == file_id)).mappings().one())
+    connection.execute(update(files).where(files.c.id == info.id).values(bytes=size))
+    return replace(info, bytes=size)
+
+
+def _piece(connection: Connection, file: RowMapping, after: int) -> tuple[int | None, bytes]:
+    """What follows position `after`, and the position it ends at; None: nothing follows."""
+    if file["batch_id"] is None:
+        chunks = select(file_chunks.c.data).where(file_chunks.c.file_id == file["id"])
+        chunk: bytes | None = connection.scalar(chunks.where(file_chunks.c.number == after + 1))
+        return (None, b"") if chunk is None else (after + 1, chunk)
+    beyond = and_(_of(file), batch_lines.c.number > after)
+    sizes = select(batch_lines.c.number, batch_lines.c.bytes).where(beyond).order_by(batch_lines.c.number)
+    last, total = None, 0
+    for row in connection.execute(sizes.limit(LOOK_AHEAD)):
+        if last is not None and total + row.bytes > CHUNK_BYTES:
+            break
+        last, total = row.number, total + row.bytes
+    if last is None:
+        return None, b""
+    lines = select(batch_lines.c.data).where(beyond, batch_lines.c.number <= last).order_by(batch_lines.c.number)
+    return last, b"".join(connection.scalars(lines))
+
+
+def _of(file: RowMapping) -> ColumnElement[bool]:
+    return and_(batch_lines.c.batch_id == file["batch_id"], batch_lines.c.ok == file["ok"])
 
 
 def page(

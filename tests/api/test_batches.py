@@ -154,6 +154,9 @@ def test_what_is_no_upload(client: openai.OpenAI) -> None:
     url = str(client.base_url)
     assert httpx.post(f"{url}files", json={}).status_code == 415
     assert httpx.post(f"{url}files", data={"purpose": "batch"}, files={"other": b"x"}).status_code == 400
+    expiring = {"purpose": "batch", "expires_after[anchor]": "created_at"}
+    response = httpx.post(f"{url}files", data=expiring, files={"file": b"x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
     for content in (b"--y", b"--x\r\nnonsense"):
         response = httpx.post(f"{url}files", content=content, headers=broken)

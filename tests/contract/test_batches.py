@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from app.batches.lines import checked, numbered
+from app.batches.lines import LineTooLong, checked, numbered
 from app.errors import StoreError
 from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
@@ -38,7 +38,7 @@ def add(store: SqlBatchStore, name: str = "batch_1", namespace: str = "") -> Bat
 
 
 def lines(*numbers: int, ok: bool = True) -> list[LineResult]:
-    return [LineResult(n, ok, f"answer {n}".encode()) for n in numbers]
+    return [LineResult(n, ok, f"answer {n}\n".encode()) for n in numbers]
 
 
 def test_a_batch_goes_its_way(store: SqlBatchStore, files: SqlFileStore) -> None:
@@ -58,8 +58,14 @@ def test_a_batch_goes_its_way(store: SqlBatchStore, files: SqlFileStore) -> None
     assert b"".join(files.chunks(done.output_file_id)) == b"answer 1\nanswer 3\n"
     assert b"".join(files.chunks(done.error_file_id)) == b"answer 2\n"
     assert set(done.times) == {"in_progress_at", "finalizing_at", "completed_at"}
-    assert store.answered(batch.id) == set()
     assert store.claim("me") is None
+    output = files.get("", done.output_file_id)
+    assert output is not None
+    assert output.bytes == 18
+    assert files.delete("", done.output_file_id) is True
+    assert list(files.chunks(done.output_file_id)) == []
+    assert b"".join(files.chunks(done.error_file_id)) == b"answer 2\n"
+    assert store.get("", batch.id) == done
 
 
 def test_a_line_is_answered_once(store: SqlBatchStore) -> None:
@@ -175,7 +181,7 @@ def test_lines_are_numbered_across_chunks() -> None:
     content = b'{"a":1}\n\n  \n{"b":2}\r\nlast'
     for size in range(1, len(content) + 1):
         chunks = [content[i : i + size] for i in range(0, len(content), size)]
-        found = [(n, line.strip()) for n, line in numbered(chunks)]
+        found = [(n, line.strip()) for n, line in numbered(chunks, 100)]
         assert found == [(1, b'{"a":1}'), (4, b'{"b":2}'), (5, b"last")]
 
 
@@ -190,10 +196,59 @@ def test_lines_are_numbered_across_chunks() -> None:
         (b'{"custom_id":"a","method":"GET","url":"/v1/embeddings","body":{}}', [("invalid_method", 1)]),
         (b'{"custom_id":"a","method":"POST","url":"/v1/chat","body":{}}', [("mismatched_endpoint", 1)]),
         (b'{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}\n' * 2, [("duplicate_custom_id", 2)]),
+        (b'{"custom_id":"\\ud83d","method":"POST","url":"/v1/chat","body":{}}', [("missing_required_parameter", 1)]),
+        (b"{}\n" + b"x" * 101, [("missing_required_parameter", 1), ("invalid_json_line", 2)]),
         (b"\n".join(b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{}}' % i for i in range(6)),
          [("too_many_lines", 5)]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int | None]]) -> None:
-    _, problems = checked([content], max_lines=4)
+    _, problems = checked([content], max_lines=4, max_line_bytes=100)
     assert [(problem.code, problem.line) for problem in problems] == codes
+
+
+def test_lines_as_clients_write_them() -> None:
+    """A byte order mark, Windows' line ends, and half an emoji in a text."""
+    line = b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{"input":"\\ud83d"}}\r\n'
+    content = b"\xef\xbb\xbf" + line % 1 + line % 2
+    assert checked([content[:2], content[2:]], max_lines=9, max_line_bytes=100) == (2, [])
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 1000])
+def test_a_line_over_the_limit_is_not_gathered(chunk: int) -> None:
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += chunk
+            yield b"x" * chunk
+
+    with pytest.raises(LineTooLong):
+        list(numbered(endless(), 100))
+    assert taken <= 100 + chunk
+
+
+def test_what_was_not_begun_is_cancelled_at_once(store: SqlBatchStore) -> None:
+    add(store)
+    done = store.cancel("", "batch_1")
+    assert done is not None
+    assert done.status is BatchStatus.CANCELLED
+    assert set(done.times) == {"cancelling_at", "cancelled_at"}
+    assert store.claim("me") is None
+
+
+def test_an_output_of_any_size(store: SqlBatchStore, files: SqlFileStore) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 1203)
+    sizes = [1] * 1200 + [CHUNK_BYTES // 2, CHUNK_BYTES, 3 * CHUNK_BYTES]
+    store.record("batch_1", "me", [LineResult(n, True, bytes([n % 251]) * s) for n, s in enumerate(sizes, start=1)])
+    done = store.finish("batch_1", "me")
+    assert done.output_file_id is not None
+    pieces = list(files.chunks(done.output_file_id))
+    assert b"".join(pieces) == b"".join(bytes([n % 251]) * s for n, s in enumerate(sizes, start=1))
+    assert max(map(len, pieces)) == 3 * CHUNK_BYTES
+    info = files.get("", done.output_file_id)
+    assert info is not None
+    assert info.bytes == sum(sizes)

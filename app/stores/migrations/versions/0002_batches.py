@@ -19,6 +19,8 @@ def upgrade() -> None:
         sa.Column("purpose", sa.String(32), nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
+        sa.Column("batch_id", sa.String(40)),
+        sa.Column("ok", sa.Boolean),
         sqlite_autoincrement=True,
     )
     op.create_table(
@@ -55,6 +57,7 @@ def upgrade() -> None:
         sa.Column("batch_id", sa.String(40), sa.ForeignKey("batches.id"), primary_key=True),
         sa.Column("number", sa.Integer, primary_key=True),
         sa.Column("ok", sa.Boolean, nullable=False),
+        sa.Column("bytes", sa.Integer, nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
     )
 

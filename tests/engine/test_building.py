@@ -1,0 +1,43 @@
+"""First stages in the background: behind what somebody waits for, and never waited for by it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+
+from app.building import ContextBuilder, Plan
+from app.domain import DATASET_EMBEDDINGS, DocumentCounts, Selection, Stage
+from app.registry import ServedModel
+from app.tokenization import TextTokenizer
+from tests.engine.stub import StubModel, context, text
+from tests.engine.test_engine import Gate, engine_of
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+async def test_a_build_in_the_background_goes_last_and_is_not_joined() -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model)
+    builder, served = ContextBuilder(engine), ServedModel(("stub",), model, cast(TextTokenizer, None))
+    plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection(), DocumentCounts(), 2)
+    running = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    low = asyncio.create_task(builder.build(served, plan, background=True))
+    await asyncio.to_thread(until, lambda: engine._waiting.background.tokens > 0)
+    asked = engine.submit("stub", Stage.SECOND, [text(3)] * 5, context(1.0))
+    high = asyncio.create_task(builder.build(served, plan))
+    await asyncio.to_thread(until, lambda: len(engine._waiting.foreground) == 7)
+    gate.open.set()
+    made, joined = (await high).arrays[DATASET_EMBEDDINGS], (await low).arrays[DATASET_EMBEDDINGS]
+    np.testing.assert_array_equal(made, joined)
+    assert (running.result(10).shape, asked.result(10).shape) == ((1, 4), (5, 4))
+    assert model.batches == [(Stage.SECOND, 1), (Stage.SECOND, 5), (Stage.FIRST, 2), (Stage.FIRST, 2)]
+    engine.stop(5)

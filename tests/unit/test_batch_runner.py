@@ -1,0 +1,96 @@
+"""The runner over a real database: batches side by side, and an end to waiting when a batch is cancelled."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from app.batches.runner import AT_ONCE, BatchRunner
+from app.errors import QueueFull
+from app.stores.batch_base import BatchInfo, BatchStatus
+from app.stores.batches import SqlBatchStore
+from app.stores.database import Database
+from app.stores.files import SqlFileStore
+
+
+class Bench:
+    """`add` puts in a batch whose lines all have one body."""
+
+    def __init__(self, database: Database) -> None:
+        self.store, self.files = SqlBatchStore(database), SqlFileStore(database)
+        self.wake: Callable[[], None] = lambda: None
+
+    def add(self, name: str, lines: int, **body: Any) -> None:
+        request = {"method": "POST", "url": "/v1/embeddings", "body": body}
+        content = "".join(json.dumps({"custom_id": str(i)} | request) + "\n" for i in range(lines)).encode()
+        file = self.files.add("", name, "batch", lambda: [content])
+        self.store.add(BatchInfo(name, "", "/v1/embeddings", file.id, "24h", int(time.time())))
+        self.wake()
+
+    async def until(self, name: str, wanted: Callable[[BatchInfo], bool]) -> BatchInfo:
+        async with asyncio.timeout(20):
+            while True:
+                info = await asyncio.to_thread(self.store.get, "", name)
+                assert info is not None
+                if wanted(info):
+                    return info
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]]) -> AsyncIterator[Bench]:
+    database = Database(f"sqlite:///{path / 'b.sqlite3'}")
+    bench = Bench(database)
+    runner = BatchRunner(bench.store, bench.files, answer, max_lines=1000, max_line_bytes=1000)
+    bench.wake = runner.wake
+    runner.start()
+    try:
+        yield bench
+    finally:
+        await runner.close()
+        database.close()
+
+
+async def test_a_small_batch_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
+    held = asyncio.Event()
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if "large" in body:
+            await held.wait()
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        bench.add("large", 40, large=True)
+        await bench.until("large", lambda info: info.status is BatchStatus.IN_PROGRESS)
+        bench.add("small", 3)
+        small = await bench.until("small", lambda info: info.status is BatchStatus.COMPLETED)
+        assert small.completed == 3
+        held.set()
+        large = await bench.until("large", lambda info: info.status is BatchStatus.COMPLETED)
+        assert large.completed == 40
+
+
+async def test_a_batch_that_waits_can_be_cancelled(tmp_path: Path) -> None:
+    """One that runs and finds no room, and one that has no turn."""
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if body.get("first"):
+            return 200, b"{}"
+        raise QueueFull("Busy.", retry_after=60)
+
+    async with running(tmp_path, answer) as bench:
+        for i in range(AT_ONCE):
+            bench.add(f"stuck {i}", 40)
+            await bench.until(f"stuck {i}", lambda info: info.status is BatchStatus.IN_PROGRESS)
+        bench.add("behind", 1, first=True)
+        behind = await asyncio.to_thread(bench.store.cancel, "", "behind")
+        assert behind is not None
+        assert behind.status is BatchStatus.CANCELLED
+        await asyncio.to_thread(bench.store.cancel, "", "stuck 0")
+        stuck = await bench.until("stuck 0", lambda info: info.status is BatchStatus.CANCELLED)
+        assert (stuck.completed, stuck.output_file_id) == (0, None)
+        bench.add("next", 1, first=True)
+        await bench.until("next", lambda info: info.status is BatchStatus.COMPLETED)
