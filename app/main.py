@@ -117,11 +117,13 @@ class Server:
         settings, state = self._settings, self._app.state
         self._database = await asyncio.to_thread(Database, settings.database_url)
         store = SqlContextStore(self._database)
-        models = [await asyncio.to_thread(_load, model) for model in settings.models]
+        devices: list[str | None] = [*settings.engine.devices] or [None]
+        replicas = [[await asyncio.to_thread(_load, m, device) for m in settings.models] for device in devices]
+        models = replicas[0]
         registry = Registry(models)
         limits, device = settings.limits, registry.default.spec.device
         self._engine = Engine(
-            {served.id: served.model for served in models},
+            [{served.id: served.model for served in replica} for replica in replicas],
             batch_tokens=settings.engine.batch_tokens_on(device),
             queue_tokens=limits.queue_tokens,
             cache_bytes=settings.contexts.cache_bytes,
@@ -205,7 +207,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
     return Envelope(app)
 
 
-def _load(settings: ModelSettings) -> ServedModel:
+def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
     names = served_names(settings)
     options = LoadOptions(
         id=names[0],
@@ -215,7 +217,7 @@ def _load(settings: ModelSettings) -> ServedModel:
         mask_instruction=settings.mask_instruction,
         first_stage=settings.first_stage,
         dtype=settings.dtype,
-        device=settings.device,
+        device=device or settings.device,
         context_attention=settings.context_attention,
     )
     started = time.perf_counter()

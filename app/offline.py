@@ -34,7 +34,7 @@ class Offline:
         self.served = ServedModel((loaded.model.spec.id,), loaded.model, loaded.tokenizer)
         settings, device = Settings(), loaded.model.spec.device
         self.engine = Engine(
-            {self.served.id: loaded.model},
+            [{self.served.id: loaded.model}],
             batch_tokens=settings.engine.batch_tokens_on(device),
             queue_tokens=settings.limits.queue_tokens,
             cache_bytes=settings.contexts.cache_bytes,

@@ -68,6 +68,9 @@ class ServerSettings(_Group):
 
 class EngineSettings(_Group):
     workers: int = Field(0, ge=0, description="Threads that run batches; 0: one a core on a CPU, else one")
+    devices: tuple[str, ...] = Field(
+        (), description="Several GPUs (cuda:0, cuda:1): every model is loaded on each, with a worker of its own"
+    )
     batch_tokens: int = Field(
         0, ge=0, description="Tokens of one batch as computed, context rows counted; 0: 1100 on a CPU, else 16384"
     )

@@ -31,15 +31,18 @@ class Engine:
 
     def __init__(
         self,
-        models: Mapping[str, TwoStageModel],
+        replicas: Sequence[Mapping[str, TwoStageModel]],
         *,
         batch_tokens: int,
         queue_tokens: int,
         cache_bytes: int,
         workers: int = 1,
     ) -> None:
-        """`workers`: device threads; with more than one, each computes with one thread of its own."""
-        self._models = models
+        """`replicas`: the models once a device. `workers`: threads, which take the devices in turn, at least one a
+        device; with more than one on a CPU each computes with one thread of its own."""
+        self._replicas = replicas
+        self._models = replicas[0]
+        workers = max(workers, len(replicas))
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
         self._waiting = WaitingJobs()
@@ -48,11 +51,14 @@ class Engine:
         self._rate = FIRST_GUESS  # of one worker
         self._stopping = False
         self._last_batch_failed = False
-        self._contexts: LRUCache[tuple[str, str], DeviceContext] = LRUCache(
+        self._contexts: LRUCache[tuple[int, str, str], DeviceContext] = LRUCache(
             cache_bytes, getsizeof=lambda c: sum(t.nbytes for t in c.values()) + 1
         )
         self._contexts_lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, name=f"device-{i}", daemon=True) for i in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(i % len(replicas),), name=f"device-{i}", daemon=True)
+            for i in range(workers)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -123,13 +129,13 @@ class Engine:
         for job in left:
             job.submission.fail(ShuttingDown("The server is shutting down. Send the request again."))
 
-    def _run(self) -> None:
+    def _run(self, replica: int) -> None:
         if len(self._threads) > 1:
             torch.set_num_threads(1)  # OpenMP keeps this by thread
         with torch.inference_mode():
             while batch := self._next():
                 started = time.perf_counter()
-                self._compute(batch)
+                self._compute(batch, replica)
                 self._measure(sum(job.cost for job in batch), time.perf_counter() - started)
 
     def _next(self) -> list[Job]:
@@ -153,17 +159,17 @@ class Engine:
             self._running_tokens -= _awaited(batch)
             QUEUE_TOKENS.set(self.queued_tokens)
 
-    def _compute(self, batch: Sequence[Job]) -> None:
+    def _compute(self, batch: Sequence[Job], replica: int) -> None:
         """Runs a batch; one that fails is halved until the jobs that fail alone are found, the others are answered."""
         try:
-            vectors = self._forward(batch)
+            vectors = self._forward(batch, replica)
             if len(vectors) != len(batch):
                 raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
         except Exception as error:  # noqa: BLE001 - the thread outlives whatever a forward raises
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._compute(batch[:half])
-                self._compute(batch[half:])
+                self._compute(batch[:half], replica)
+                self._compute(batch[half:], replica)
                 return
             self._last_batch_failed = True
             self._release(batch)
@@ -175,11 +181,11 @@ class Engine:
             self._release(batch)
             self._answer(batch, vectors)
 
-    def _forward(self, batch: Sequence[Job]) -> FloatArray:
+    def _forward(self, batch: Sequence[Job], replica: int) -> FloatArray:
         model_id, stage = batch[0].submission.lane
-        model = self._models[model_id]
+        model = self._replicas[replica][model_id]
         texts = [job.text for job in batch]
-        contexts = [self._context(model_id, job.submission.payload) for job in batch]
+        contexts = [self._context(replica, model_id, job.submission.payload) for job in batch]
         if stage is Stage.FIRST:
             vectors = model.first_stage(texts, contexts)
         else:
@@ -188,12 +194,12 @@ class Engine:
         FORWARDS.labels(stage).inc()
         return np.asarray(vectors.cpu().numpy(), dtype=np.float32)
 
-    def _context(self, model_id: str, payload: Payload) -> DeviceContext:
-        key = (model_id, payload.key)
+    def _context(self, replica: int, model_id: str, payload: Payload) -> DeviceContext:
+        key = (replica, model_id, payload.key)
         with self._contexts_lock:
             context = self._contexts.get(key)
         if context is None:
-            context = self._models[model_id].load_context(payload.arrays)
+            context = self._replicas[replica][model_id].load_context(payload.arrays)
             with self._contexts_lock:
                 if self._contexts.getsizeof(context) <= self._contexts.maxsize:
                     self._contexts[key] = context

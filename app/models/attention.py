@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout, Segment
@@ -99,6 +100,8 @@ class Attention(nn.Module):
     def forward(self, projected: Projected, layout: Layout) -> Tensor:
         """(T', D): what each query sees, before the output projection."""
         q, k, v = projected
+        if self.kernels.attention == "varlen":
+            return attend_packed(q, k, v, layout, self.window).view(len(q), -1)
         mixed = torch.empty(len(q), self.heads, self.head_size, dtype=v.dtype, device=v.device)
         all_rows = len(q) == len(k)
         for s in layout.segments:
@@ -158,6 +161,19 @@ def attend(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
             torch.softmax(scores, dim=-1, out=scores)
             out[text, :, some] = product(scores, v[text, some].transpose(1, 2)).transpose(0, 1)
     return out
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) -> Tensor:
+    """All sequences in one kernel (FlashAttention, arXiv 2307.08691). q (T', H, d), k and v (T, H, d) -> (T', H, d).
+
+    Fewer queries than keys are the last rows of their sequences, which is how the kernel lines them up.
+    """
+    bounds = layout.bounds if len(q) == len(k) else layout.wanted_bounds
+    longest = layout.longest  # an upper bound is enough for the queries
+    sides = (-1, -1) if window is None else (window, window)
+    # One split of the keys: a text's vector does not depend on its neighbours.
+    mixed = varlen_attn(q, k, v, bounds, layout.bounds, longest, longest, scale=1.0, window_size=sides, num_splits=1)
+    return mixed if isinstance(mixed, Tensor) else mixed[0]
 
 
 def _bmm(x: Tensor, y: Tensor) -> Tensor:

@@ -174,7 +174,10 @@ class ContextualModel:
 
     def _input_ids(self, texts: Sequence[TokenizedText]) -> Tensor:
         """(T,), one text behind the other."""
-        return torch.tensor([i for text in texts for i in text.input_ids]).to(self._device)
+        ids = torch.tensor([i for text in texts for i in text.input_ids])
+        if self._device.type == "cuda":  # the copy runs beside what the device still computes
+            return ids.pin_memory().to(self._device, non_blocking=True)
+        return ids.to(self._device)
 
     def _hidden(self, contexts: Sequence[DeviceContext], texts: Sequence[TokenizedText], layout: Layout) -> Tensor:
         """Last hidden states of the texts' rows, each text's behind its context's."""

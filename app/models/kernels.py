@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 Precision = Literal["float32", "bfloat16", "int8"]
 LinearKernel = Literal["torch", "onednn"]
-AttentionKernel = Literal["sdpa", "bmm", "linear"]
+AttentionKernel = Literal["sdpa", "bmm", "linear", "varlen"]
 Activation = Literal["none", "silu", "gelu"]
 ZERO_POINT = 128
 ONEDNN_ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
@@ -25,7 +25,8 @@ ONEDNN_ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gel
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """How a backbone is computed. `torch` and `sdpa` run on every device, the others on CPUs."""
+    """How a backbone is computed. `torch` and `sdpa` run on every device, `varlen` on CUDA in
+    bfloat16, the others on CPUs."""
 
     precision: Precision = "float32"
     linear: LinearKernel = "torch"

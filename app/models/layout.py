@@ -5,7 +5,7 @@ Linears and norms see the rows alone; attention goes segment by segment.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -25,12 +25,17 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """positions (T,): each row's place in its sequence, below `longest`. wanted_rows: None where all are."""
+    """positions (T,): each row's place in its sequence, below `longest`. wanted_rows: None where all are.
+
+    bounds (N + 1,) int32: where each of N sequences begins, and T; wanted_bounds: the same among the wanted rows.
+    """
 
     segments: tuple[Segment, ...]
     positions: Tensor
     wanted_rows: Tensor | None
     longest: int
+    bounds: Tensor
+    wanted_bounds: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, prefix: int = 0) -> "Layout":
@@ -45,11 +50,17 @@ class Layout:
         positions = torch.cat([torch.arange(s.length).repeat(s.count) for s in segments])
         wanted = (positions >= prefix).nonzero().flatten().to(device) if prefix else None
         longest = max(segment.length for segment in segments)
-        return cls(tuple(segments), positions.to(device), wanted, longest)
+        bounds = _bounds([prefix + own for own in lengths], device)
+        return cls(tuple(segments), positions.to(device), wanted, longest, bounds, _bounds(lengths, device))
 
     def of_wanted(self) -> "Layout":
         """Positions of the wanted rows alone, for what looks at rows one by one."""
-        return Layout((), self.positions[self.wanted_rows], None, self.longest)
+        positions = self.positions[self.wanted_rows]
+        return Layout((), positions, None, self.longest, self.wanted_bounds, self.wanted_bounds)
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 def packed(lengths: Sequence[int], prefix: int, max_rows: int) -> Iterator[list[int]]:

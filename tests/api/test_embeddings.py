@@ -3,6 +3,7 @@
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, BUILTIN, COOKING
+from tests.live import V1, live_server
 
 Vectors = npt.NDArray[np.float32]
 
@@ -235,3 +237,12 @@ def test_tokenize(http: httpx.Client) -> None:
     assert body["data"][1]["count"] > 600
     usage = post(http, model="v1-tiny-c16", input="owl", input_type="query").json()["usage"]
     assert usage["prompt_tokens"] == body["data"][0]["count"]
+
+
+def test_several_devices_answer_as_one(tmp_path: Path) -> None:
+    texts = [f"{text} Number {i}." for i, text in enumerate(ANIMALS)]
+    answers = []
+    for i, devices in enumerate(((), ("cpu", "cpu"))):
+        with live_server(tmp_path / str(i), engine={"devices": devices, "workers": 1}) as url:
+            answers.append(vectors(httpx.post(f"{url}/v1/embeddings", json={"model": V1, "input": texts})))
+    assert_same(answers[1], answers[0])

@@ -32,7 +32,7 @@ class Gate:
 
 
 def engine_of(model: StubModel, *, queue_tokens: int = 10_000, workers: int = 1) -> Engine:
-    made = Engine({"stub": model}, batch_tokens=1000, queue_tokens=queue_tokens, cache_bytes=1 << 20, workers=workers)
+    made = Engine([{"stub": model}], batch_tokens=1000, queue_tokens=queue_tokens, cache_bytes=1 << 20, workers=workers)
     made.start()
     return made
 
@@ -200,3 +200,28 @@ def test_workers_share_the_queue_and_answer_all() -> None:
     assert engine.healthy
     engine.stop(5)
     assert engine.queued_tokens == 0
+
+
+def test_each_device_has_its_models_and_contexts() -> None:
+    """A worker a device: none computes with another one's weights or context."""
+    together = threading.Barrier(2)
+    met = threading.local()
+
+    def meet(_: Sequence[TokenizedText]) -> None:
+        if not hasattr(met, "once"):
+            met.once = True
+            together.wait(20)
+
+    models = [StubModel(meet), StubModel(meet)]
+    loads: list[list[int]] = [[], []]
+    for mine, model in zip(loads, models, strict=True):
+        original = model.load_context
+        model.load_context = lambda arrays, mine=mine, original=original: mine.append(1) or original(arrays)  # type: ignore[method-assign,misc]
+    engine = Engine([{"stub": m} for m in models], batch_tokens=1, queue_tokens=10_000, cache_bytes=1 << 20)
+    engine.start()
+    futures = [engine.submit("stub", Stage.SECOND, [text(i)], context(1.0)) for i in range(40)]
+    assert [future.result(20)[0, 0] for future in futures] == list(range(40))
+    assert [len(model.threads) for model in models] == [1, 1]
+    assert models[0].threads != models[1].threads
+    assert [len(mine) for mine in loads] == [1, 1]
+    engine.stop(5)
