@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 
@@ -38,9 +39,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def _txt(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file):
-            yield Record(str(number), line.rstrip("\n"))
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadCorpus(f"{path}:{number + 1}: not UTF-8") from error
+            yield Record(str(number), text.rstrip("\r\n"))
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -57,10 +62,13 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _parquet(path: Path) -> Iterator[Record]:
     number = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            yield _record(row, number, f"{path}: row {number}")
-            number += 1
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield _record(row, number, f"{path}: row {number}")
+                number += 1
+    except ArrowException as error:
+        raise BadCorpus(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
 def _record(raw: Any, number: int, where: str) -> Record:

@@ -1,5 +1,6 @@
 """`cde-server contexts …`: contexts of a running server."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ ForModel = Annotated[str | None, typer.Option("--model", help="Whose context; ab
 
 LOCAL = "http://127.0.0.1:8000"
 CONNECT_SECONDS = 10.0
+WIDE = 240
 
 
 class Server:
@@ -65,7 +67,7 @@ def create(
     name: str,
     file: Annotated[Path, typer.Argument(help="Documents: .txt, .jsonl or .parquet, of any size")],
     *,
-    method: Annotated[str, typer.Option(help="random or first")] = "random",
+    method: Annotated[str, typer.Option(help="random, first or diverse")] = "random",
     seed: int = 0,
     url: UrlOption = LOCAL,
     api_key: KeyOption = None,
@@ -106,7 +108,8 @@ def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel 
                 c["name"], str(c["version"]), c["model"], c["id"], f"{chosen} of {received}", str(c["usage_bytes"])
             )
         after, more = page["last_id"], page["has_more"]
-    Console().print(table)
+    # A pipe has no width: nothing is cut there.
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 @contexts.command()

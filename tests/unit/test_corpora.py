@@ -1,0 +1,31 @@
+"""Files of texts, and what is wrong with some."""
+
+from pathlib import Path
+
+import pytest
+
+from app.corpora import BadCorpus, read_records
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"good\ncaf\xe9\n", ":2: not UTF-8"),
+        ("a.jsonl", b'"good"\n{"text"\n', ":2: not valid JSON"),
+        ("a.jsonl", b'"good"\n\n{"title": "x"}\n', ":3: neither"),
+        ("a.parquet", b"nonsense", "Parquet"),
+        ("a.csv", b"a,b", "unknown kind"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BadCorpus, match=words) as raised:
+        list(read_records(path))
+    assert str(path) in str(raised.value)
+
+
+def test_lines_of_any_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\nthree")
+    assert [record.text for record in read_records(path)] == ["one", "two", "three"]
