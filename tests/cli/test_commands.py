@@ -262,3 +262,14 @@ def test_nothing_to_freeze_in_the_embedded_default(run: Run, tmp_path: Path) -> 
         app, ["agreement", "--model", "builtin/minilm-context", "--context", str(file), "--input", str(file)]
     )
     assert "no context rows to freeze" in str(result.exception)
+
+
+def test_keys_create_takes_a_namespace(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "team-a", "--scope", "embed"])
+    assert result.exit_code == 0
+    file = tmp_path / "keys.toml"
+    file.write_text(result.stdout)
+    key = Keyring(file).find(result.stderr.split()[-1])
+    assert key is not None
+    assert (key.namespace, key.scopes) == ("team-a", ("embed",))
+    assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "Not OK"]).exit_code == 2
