@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from app.domain import ContextStatus, Space
+from app.registry import parse_ref
+from app.stores.database import Database
+from app.stores.sql import SqlContextStore
 from tests.api.test_contexts import NDJSON, create, start_process
 from tests.conftest import ANIMALS, COOKING
 from tests.live import V1, live_server
@@ -102,10 +106,12 @@ def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
             assert (again.status_code, again.json()["version"]) == (202, 1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(40) == 0
-            process, url = start_process(tmp_path, model=LARGE)
-        with httpx.Client(base_url=url, timeout=60) as http:
-            stopped = state(http, "cut")
-            assert (stopped["status"], "shut down" in stopped["error"]) == ("failed", True)
+        database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
+        stopped = SqlContextStore(database).get(Space(LARGE), parse_ref("cut"))
+        database.close()
+        assert stopped is not None
+        assert stopped.status is ContextStatus.FAILED
+        assert "shut down" in (stopped.error or "")
     finally:
         process.kill()
         process.wait(10)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from app.bench.models import Checkpoint, Family, random_checkpoint
+from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS, Arrays, FloatArray, InputType, TokenizedText
 from app.models.base import DeviceContext
 from app.models.loading import BUILTIN, BUILTIN_PACKAGE, LoadedModel, LoadOptions, load_model
@@ -32,6 +33,12 @@ def load_golden(name: str, semantics: str = "training", **options: Any) -> Loade
 def random_weights(family: Family) -> Checkpoint:
     """True width, few layers; ModernBERT's are global, sliding, sliding, global."""
     return random_checkpoint(family, layers=2 if family == "v1" else 4)
+
+
+@lru_cache
+def reference_of(family: Family) -> Reference:
+    """transformers' own model of `random_weights`."""
+    return Reference(random_weights(family))
 
 
 def golden_texts(name: str, case: str = "corpus") -> list[str]:

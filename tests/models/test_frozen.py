@@ -12,7 +12,7 @@ from app.models.contextual import Semantics
 from app.models.kernels import Kernels, has_onednn
 from app.models.loading import LoadOptions
 from app.vectors import normalized
-from tests.models.conftest import arrays_of, embed, golden_texts, load_golden, random_weights, tokenized
+from tests.models.conftest import arrays_of, embed, golden_texts, load_golden, random_weights, reference_of, tokenized
 
 LENGTHS = [9, 70, 9]
 KERNELS = [Kernels(), *([Kernels(linear="onednn", attention="linear")] if has_onednn("float32") else [])]
@@ -44,7 +44,7 @@ def test_frozen_is_what_it_says(family: Family, kernels: Kernels) -> None:
     checkpoint = random_weights(family)
     options = LoadOptions(dtype="float32", device="cpu", kernels=kernels, context_attention="frozen")
     model = load_checkpoint(checkpoint, options, Semantics(context_token_type=family == "v1"))
-    texts, reference = random_texts(family, LENGTHS), Reference(checkpoint)
+    texts, reference = random_texts(family, LENGTHS), reference_of(family)
     datasets = [rows_of(1), rows_of(2), rows_of(1)]
     with torch.inference_mode():
         contexts = [model.load_context({DATASET_EMBEDDINGS: dataset}) for dataset in datasets]

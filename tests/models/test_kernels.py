@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from app.bench.models import Family, load_checkpoint, random_texts
-from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS, FloatArray
 from app.goldens import Goldens
 from app.models.contextual import ContextualModel, Semantics
@@ -17,7 +16,7 @@ from app.models.loading import LoadOptions
 from app.models.tuning import fastest
 from app.vectors import normalized
 from tests.compare import assert_same
-from tests.models.conftest import GOLDEN_NAMES, GOLDENS, random_weights
+from tests.models.conftest import GOLDEN_NAMES, GOLDENS, random_weights, reference_of
 
 CPU = torch.device("cpu")
 FLOATS = [Kernels(), Kernels(attention="bmm")]
@@ -63,7 +62,7 @@ def test_fp32_is_transformers_own_padded_forward(family: Family) -> None:
     """With layer 0 cached, the last layer pruned, tiles and no padding, against a forward with none of it."""
     hub = Semantics(context_token_type=family == "v1")
     first, second = both_stages(model(family, "float32", hub))
-    reference, texts = Reference(random_weights(family)), random_texts(family, LENGTHS)
+    reference, texts = reference_of(family), random_texts(family, LENGTHS)
     np.testing.assert_allclose(first, normalized(reference.first_stage(texts).numpy()), atol=1e-5)
     expected = normalized(reference.second_stage(texts, torch.from_numpy(dataset())).numpy())
     np.testing.assert_allclose(second, expected, atol=1e-5)
