@@ -4,15 +4,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, RowMapping, Select, and_, case, or_, select
+from sqlalchemy import ColumnElement, RowMapping, Select, and_, case, or_, select
 
 from app.domain import ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
 from app.stores.base import LEASE_SECONDS, NewContext
 from app.stores.tables import names, payloads, versions
 
 ABANDONED = "The server that was building it has stopped. Create it again."
-
-Fields = Row[Any] | RowMapping | dict[str, Any]
 
 
 def now() -> datetime:
