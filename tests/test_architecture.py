@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "telemetry",
     },
 }
-ANYTHING = {"main", "cli", "__init__"}
+ANYTHING = {"main", "lifecycle", "assembly", "cli", "__init__"}
 
 
 def _room(path: Path) -> str:

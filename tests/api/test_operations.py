@@ -61,7 +61,7 @@ def test_the_port_opens_before_the_models_are_loaded(data_dir: Path, monkeypatch
         assert go_on.wait(30)
         return load_model(*args)
 
-    monkeypatch.setattr("app.main.load_model", slow)
+    monkeypatch.setattr("app.assembly.load_model", slow)
     settings = Settings.model_validate({"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir})
     server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
