@@ -2,7 +2,8 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.api.batches import LineAnswers
@@ -11,7 +12,8 @@ from app.batches.service import Batches
 from app.building import ContextBuilder
 from app.catalog import Catalog
 from app.contexts import Contexts
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineOptions
+from app.models.base import TwoStageModel
 from app.models.loading import BUILTIN, LoadOptions, load_model
 from app.registry import Registry, ServedModel
 from app.service import EmbeddingService, EmbedPolicy
@@ -44,16 +46,29 @@ def load_replicas(settings: Settings) -> list[list[ServedModel]]:
     return [[_load(model, device) for model in settings.models] for device in devices]
 
 
-def assemble(settings: Settings, database: Database, replicas: list[list[ServedModel]]) -> Parts:
-    """Nothing runs yet. Raises ConfigError."""
+def assemble(
+    settings: Settings,
+    database: Database,
+    replicas: list[list[ServedModel]],
+    on_fatal: Callable[[Exception], None],
+) -> Parts:
+    """Nothing runs yet. `on_fatal`: told, in any thread, when the engine is beyond repair. Raises ConfigError."""
     registry = Registry(replicas[0])
     limits, wanted, device = settings.limits, settings.contexts, registry.default.spec.device
     engine = Engine(
         [{served.id: served.model for served in replica} for replica in replicas],
-        batch_tokens=settings.engine.batch_tokens_on(device),
-        queue_tokens=limits.queue_tokens,
-        cache_bytes=wanted.cache_bytes,
-        workers=settings.engine.workers_on(device),
+        EngineOptions(
+            batch_tokens=settings.engine.batch_tokens_on(device),
+            queue_tokens=limits.queue_tokens,
+            cache_bytes=wanted.cache_bytes,
+            workers=settings.engine.workers_on(device),
+            interactive_texts=settings.engine.interactive_texts,
+            queue_seconds=limits.queue_seconds,
+            stuck_seconds=settings.engine.stuck_seconds,
+            ride=device != "cpu",
+        ),
+        exact=lambda model_id: _in_float32(settings, registry, model_id),
+        on_fatal=on_fatal,
     )
     store, builder = SqlContextStore(database), ContextBuilder(engine)
     contexts = Contexts(builder, store, cache_bytes=wanted.cache_bytes, default=wanted.default)
@@ -79,10 +94,16 @@ def assemble(settings: Settings, database: Database, replicas: list[list[ServedM
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, runner))
 
 
-def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
-    names = served_names(settings)
-    options = LoadOptions(
-        id=names[0],
+def _in_float32(settings: Settings, registry: Registry, model_id: str) -> TwoStageModel:
+    """The model once more, as exactly as it can be computed. Raises CheckpointError."""
+    (chosen,) = [m for m in settings.models if registry.get(served_names(m)[0]).id == model_id]
+    device = registry.get(model_id).spec.device
+    return load_model(chosen.name, replace(_options(chosen, device), dtype="float32")).model
+
+
+def _options(settings: ModelSettings, device: str | None) -> LoadOptions:
+    return LoadOptions(
+        id=served_names(settings)[0],
         revision=settings.revision,
         semantics=settings.semantics,
         output_residual=settings.output_residual,
@@ -92,8 +113,11 @@ def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
         device=device or settings.device,
         context_attention=settings.context_attention,
     )
+
+
+def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
     started = time.perf_counter()
-    loaded = load_model(settings.name, options)
+    loaded = load_model(settings.name, _options(settings, device))
     spec = loaded.model.spec
     log.info(
         "%s from %s: %s, %s, %s on %s, %.1f s",
@@ -109,7 +133,7 @@ def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
         log.warning("%s runs with a frozen context: its vectors are approximate, and a space of their own", spec.id)
     if not spec.is_cde:
         log.warning("%s is a stand-in that needs no download, and not a CDE model; see README", spec.id)
-    return ServedModel(names, loaded.model, loaded.tokenizer, settings.matryoshka)
+    return ServedModel(served_names(settings), loaded.model, loaded.tokenizer, settings.matryoshka)
 
 
 def served_names(settings: ModelSettings) -> tuple[str, ...]:

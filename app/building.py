@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.domain import (
+    BACKGROUND,
     DATASET_EMBEDDINGS,
     Arrays,
+    Caller,
     DocumentCounts,
     FloatArray,
     InputType,
@@ -63,12 +65,20 @@ class Outcome:
     counts: DocumentCounts
 
 
+@dataclass(eq=False, slots=True)
+class _Build:
+    """A first stage under way, and how many wait for it."""
+
+    task: asyncio.Task[Arrays]
+    waiting: int = 0
+
+
 class ContextBuilder:
     """Runs first stages on the engine; equal contexts asked for at once are built once. For one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._building: dict[tuple[str, bool], asyncio.Task[Arrays]] = {}  # by id, and whether in the background
+        self._building: dict[tuple[str, bool], _Build] = {}  # by id, and whether in the background
 
     async def plan(
         self,
@@ -95,9 +105,14 @@ class ContextBuilder:
         return replace(plan, id=id_of_candidates(spec, prompt, tokens, plan.selection))
 
     async def build(
-        self, served: ServedModel, plan: Plan, progress: Progress = lambda _: None, *, background: bool = False
+        self,
+        served: ServedModel,
+        plan: Plan,
+        progress: Progress = lambda _: None,
+        caller: Caller = BACKGROUND,
     ) -> Outcome:
-        """The first stage over all documents; one that is wanted now never waits for one in the background.
+        """The first stage over all documents; one that is waited for never waits for one in the background. It ends
+        when nobody waits for it any more.
 
         Raises FirstStageUnavailable, and what the engine raises."""
         if not served.spec.has_first_stage:
@@ -108,20 +123,21 @@ class ContextBuilder:
             )
         known: Mapping[TokenizedText, FloatArray] = {}
         if not plan.is_chosen:
-            plan, known = await self._diverse(served, plan, progress, background=background)
-        key = (plan.id, background and (plan.id, False) not in self._building)
-        task = self._building.get(key)
-        if task is None:
-            task = asyncio.create_task(self._first_stage(served, plan, known, progress, background=background))
-            self._building[key] = task
-            task.add_done_callback(lambda _: self._building.pop(key, None))
-        return Outcome(plan.id, await asyncio.shield(task), plan.documents, plan.selection, plan.counts)
+            plan, known = await self._diverse(served, plan, progress, caller)
+        key = (plan.id, caller.background and (plan.id, False) not in self._building)
+        build = self._building.get(key)
+        if build is None:
+            whole = replace(caller, deadline=None)  # others may join, and wait longer
+            build = _Build(asyncio.create_task(self._first_stage(served, plan, known, progress, whole)))
+            self._building[key] = build
+            build.task.add_done_callback(lambda _: self._building.pop(key, None))
+        return Outcome(plan.id, await _awaited(build), plan.documents, plan.selection, plan.counts)
 
     async def _diverse(
-        self, served: ServedModel, plan: Plan, progress: Progress, *, background: bool
+        self, served: ServedModel, plan: Plan, progress: Progress, caller: Caller
     ) -> tuple[Plan, Mapping[TokenizedText, FloatArray]]:
         """The plan of the documents that lie farthest apart, and the vectors that need no second computation."""
-        corpus, vectors = await self._vectors(served, plan, {}, progress, background=background)
+        corpus, vectors = await self._vectors(served, plan, {}, progress, caller)
         chosen, radius = await asyncio.to_thread(farthest_first, np.stack(vectors), plan.corpus_size)
         tokens = [plan.tokens[i] for i in chosen]
         selection = replace(plan.selection, candidates=len(plan.documents), coverage_radius=radius)
@@ -143,10 +159,9 @@ class ContextBuilder:
         plan: Plan,
         known: Mapping[TokenizedText, FloatArray],
         progress: Progress,
-        *,
-        background: bool,
+        caller: Caller,
     ) -> Arrays:
-        corpus, rows = await self._vectors(served, plan, known, progress, background=background)
+        corpus, rows = await self._vectors(served, plan, known, progress, caller)
         if served.spec.corpus_size_is_exact:
             rows = repeated(rows, served.spec.corpus_size)
         embeddings = np.stack(rows) if rows else np.empty((0, served.spec.hidden_size), np.float32)
@@ -158,8 +173,7 @@ class ContextBuilder:
         plan: Plan,
         known: Mapping[TokenizedText, FloatArray],
         progress: Progress,
-        *,
-        background: bool,
+        caller: Caller,
     ) -> tuple[Arrays, list[FloatArray]]:
         """What the first stage takes from all documents together, and their vectors (hidden_size,), in order."""
         corpus = await asyncio.to_thread(served.model.corpus_arrays, plan.tokens)
@@ -168,20 +182,30 @@ class ContextBuilder:
         missing = [text for text in plan.tokens if text not in vectors]
         for start in range(0, len(missing), SLICE):
             some = missing[start : start + SLICE]
-            vectors |= zip(some, await self._slice(served, some, payload, background=background), strict=True)
+            vectors |= zip(some, await self._slice(served, some, payload, caller), strict=True)
             progress(min(plan.total, start + len(some)))
         return corpus, [vectors[text] for text in plan.tokens]
 
     async def _slice(
-        self, served: ServedModel, tokens: Sequence[TokenizedText], payload: Payload, *, background: bool
+        self, served: ServedModel, tokens: Sequence[TokenizedText], payload: Payload, caller: Caller
     ) -> FloatArray:
         while True:
             try:
-                future = self._engine.submit(served.id, Stage.FIRST, tokens, payload, background=background)
+                future = self._engine.submit(served.id, Stage.FIRST, tokens, payload, caller=caller)
             except QueueFull:  # requests come first; a build waits for room
                 await asyncio.sleep(0.2)
             else:
                 return await asyncio.wrap_future(future)
+
+
+async def _awaited(build: _Build) -> Arrays:
+    build.waiting += 1
+    try:
+        return await asyncio.shield(build.task)
+    finally:
+        build.waiting -= 1
+        if build.waiting == 0:
+            build.task.cancel()  # nothing, where it is done
 
 
 def _chosen(plan: Plan, served: ServedModel) -> Plan:

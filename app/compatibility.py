@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.domain import SHARED, Embeddings
+from app.domain import ANYBODY, SHARED, Caller, Embeddings
+from app.embed_request import EmbedRequest
 from app.errors import ContextNotFound, UnknownContextNamed
 from app.registry import ServedModel
-from app.service import EmbeddingService, EmbedRequest
+from app.service import EmbeddingService
 from app.vectors import cosines_of, overlap
 
 
@@ -22,6 +23,7 @@ class Comparison:
     input_type: str | None = None
     top_k: int = 10
     namespace: str = SHARED
+    caller: Caller = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def _request(comparison: Comparison, ref: str, source: str) -> EmbedRequest:
         input_types={} if comparison.input_type is None else {"input_type": comparison.input_type},
         truncate="end",
         namespace=comparison.namespace,
+        caller=comparison.caller,
     )
 
 

@@ -11,6 +11,7 @@ from app.building import ContextBuilder
 from app.domain import (
     DEFAULT_CONTEXT,
     SHARED,
+    Caller,
     ContextInfo,
     ContextRef,
     ContextStatus,
@@ -84,7 +85,7 @@ class Contexts:
             payload = self.keep(Payload(info.id, arrays))
         return info, payload
 
-    async def inline(self, served: ServedModel, documents: Sequence[str], *, background: bool = False) -> InlineContext:
+    async def inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> InlineContext:
         """Documents sent with a request; they go through the first stage once and are then kept by content."""
         minicorpus = await asyncio.to_thread(select, documents, Selection(), served.spec.corpus_size)
         plan = await self._builder.plan(served, minicorpus, param="context")
@@ -92,7 +93,7 @@ class Contexts:
         async def load() -> Payload:
             payload = self._payloads.get(plan.id)
             if payload is None:
-                outcome = await self._builder.build(served, plan, background=background)
+                outcome = await self._builder.build(served, plan, caller=caller)
                 payload = self.keep(Payload(outcome.id, outcome.arrays))
             return payload
 

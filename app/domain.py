@@ -35,6 +35,28 @@ class Stage(StrEnum):
     SECOND = "second"
 
 
+class Lane(StrEnum):
+    """How urgent a request's texts are, most urgent first: few texts, many texts, texts that nobody waits for."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+    BACKGROUND = "background"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """For whom something is computed. `client`: a key, or a connection; clients have equal shares of the device.
+    `deadline`: until when an answer is of use, in seconds of time.monotonic(). `background`: nobody waits for it."""
+
+    client: str = ""
+    deadline: float | None = None
+    background: bool = False
+
+
+ANYBODY = Caller()
+BACKGROUND = Caller(background=True)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What a loaded model is and takes. `revision` is the SHA-256 of its weights, wherever they came from;
@@ -58,6 +80,8 @@ class ModelSpec:
     device: str
     has_first_stage: bool
     is_cde: bool
+    pads: bool = False
+    """Its batches are padded to their longest text; else rows are packed."""
     approximate: bool = False
     """Context rows are frozen: not what the model was fitted to compute, and not comparable with it."""
     fallback_documents: tuple[str, ...] | None = None

@@ -24,6 +24,7 @@ ServiceError
 │   └── Unavailable
 │       ├── NotReady
 │       ├── ContextNotReady
+│       ├── DeadlineExceeded
 │       ├── ShuttingDown
 │       └── EngineUnavailable
 └── ServerFault
@@ -138,6 +139,10 @@ class NotReady(Unavailable):
 
 class ContextNotReady(Unavailable):
     """The context is still being built."""
+
+
+class DeadlineExceeded(Unavailable):
+    """The request was not, or would not be, answered within its time."""
 
 
 class ShuttingDown(Unavailable):

@@ -58,6 +58,12 @@ class Server:
         if self._database is not None:
             await asyncio.to_thread(self._database.close)
 
+    def fail(self, error: Exception) -> None:
+        """Something is beyond repair: no new requests, and the process ends. For the event loop."""
+        self._state = f"failed: {error}"
+        if self._on_failure is not None:
+            self._on_failure(error)
+
     def check_admitted(self) -> None:
         """Raises NotReady, ShuttingDown where requests cannot be taken."""
         if self._state == "shutting down":
@@ -87,10 +93,14 @@ class Server:
             await asyncio.wrap_future(parts.engine.submit(served.id, Stage.SECOND, text, context))
 
     async def _start(self) -> None:
-        settings, state = self._settings, self._app.state
+        settings, state, loop = self._settings, self._app.state, asyncio.get_running_loop()
         self._database = await asyncio.to_thread(Database, settings.database_url)
         replicas = await asyncio.to_thread(load_replicas, settings)
-        parts = self._parts = assemble(settings, self._database, replicas)
+
+        def fatal(error: Exception) -> None:
+            loop.call_soon_threadsafe(self.fail, error)
+
+        parts = self._parts = assemble(settings, self._database, replicas, fatal)
         parts.engine.start()
         state.registry, state.contexts, state.catalog = parts.registry, parts.contexts, parts.catalog
         state.service, state.batches = parts.service, parts.batches

@@ -11,7 +11,7 @@ from typing import Self
 from app.building import ContextBuilder
 from app.catalog import neutral_documents
 from app.domain import Arrays, FloatArray, InputType, ModelSpec, Payload, Selection, Stage, TokenizedText
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineOptions
 from app.errors import ServiceError
 from app.models.base import check_arrays
 from app.models.loading import LoadOptions, load_model
@@ -35,10 +35,12 @@ class Offline:
         settings, device = Settings(), loaded.model.spec.device
         self.engine = Engine(
             [{self.served.id: loaded.model}],
-            batch_tokens=settings.engine.batch_tokens_on(device),
-            queue_tokens=settings.limits.queue_tokens,
-            cache_bytes=settings.contexts.cache_bytes,
-            workers=settings.engine.workers_on(device),
+            EngineOptions(
+                batch_tokens=settings.engine.batch_tokens_on(device),
+                queue_tokens=settings.limits.queue_tokens,
+                cache_bytes=settings.contexts.cache_bytes,
+                workers=settings.engine.workers_on(device),
+            ),
         )
         self.engine.start()
 

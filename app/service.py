@@ -1,17 +1,28 @@
 """The use case behind `/v1/embeddings`: names -> model and context, tokens -> the engine, vectors -> the answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from app.contexts import Contexts
-from app.domain import DEFAULT_CONTEXT, SHARED, ContextInfo, Embeddings, FloatArray, InputType, Payload, TokenizedText
+from app.domain import (
+    DEFAULT_CONTEXT,
+    ContextInfo,
+    Embeddings,
+    FloatArray,
+    InputType,
+    Payload,
+    TokenizedText,
+)
+from app.embed_request import EmbedRequest, agreed, dimensions_of, input_type_of, quoted
 from app.errors import (
     ContextModelMismatch,
     ContextNotFound,
     ContextRequired,
+    DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
     TokenIdsNotAccepted,
@@ -25,26 +36,6 @@ from app.vector_cache import VectorCache
 from app.vectors import normalized
 
 NO_LANGCHAIN_IDS = "Send strings instead; in LangChain: OpenAIEmbeddings(..., check_embedding_ctx_length=False)."
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedRequest:
-    """One request, parsed. `contexts` and `input_types`: every source that named one, to be held against each other."""
-
-    model: str
-    texts: Sequence[str] | None = None
-    token_ids: Sequence[Sequence[int]] | None = None
-    inline_documents: Sequence[str] | None = None
-    contexts: Mapping[str, str] = field(default_factory=dict)
-    input_types: Mapping[str, str] = field(default_factory=dict)
-    truncate: str | None = None
-    dimensions: int | None = None
-    normalize: bool = True
-    expect_fingerprint: str | None = None
-    namespace: str = SHARED
-    """Whose contexts are seen."""
-    background: bool = False
-    """Computed when nobody waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +77,25 @@ class EmbeddingService:
         self._cl100k = Cl100k()
 
     async def embed(self, request: EmbedRequest) -> Embeddings:
-        """Raises the InvalidRequest family, NotFound, FingerprintMismatch, QueueFull, Unavailable, ServerFault."""
+        """Raises the InvalidRequest family, NotFound, FingerprintMismatch, QueueFull, Unavailable, ServerFault.
+
+        At the caller's deadline, and when it is cancelled, what still waits for the device is dropped.
+        """
+        deadline = request.caller.deadline
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                return await self._embed(request)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "The request was not answered in its time (x-timeout-ms, or the server's default). Please try again, "
+                "with fewer texts or more time."
+            ) from None
+
+    async def _embed(self, request: EmbedRequest) -> Embeddings:
         choice = self.registry.choose(request.model)
         served = choice.served
-        dimensions = _dimensions(served, request.dimensions)
-        input_type = _input_type(choice, request.input_types)
+        dimensions = dimensions_of(served, request.dimensions)
+        input_type = input_type_of(choice, request.input_types)
         tokens = await self.tokenize(
             served, request.texts, request.token_ids, input_type, truncate=request.truncate or self._policy.truncate
         )
@@ -109,7 +114,7 @@ class EmbeddingService:
                 f"differ from the ones the index was made with.",
                 param="x-expect-fingerprint",
             )
-        raw = await self._vectors.embed(served, tokens, await context.load(), background=request.background)
+        raw = await self._vectors.embed(served, tokens, await context.load(), request.caller)
         vectors = _finished(raw, dimensions, normalize=request.normalize)
         compute_tokens = prompt_tokens + served.spec.context_rows * len(tokens)
         TOKENS.labels(served.id).inc(prompt_tokens)
@@ -166,12 +171,12 @@ class EmbeddingService:
         if request.inline_documents is not None:
             if sources:
                 raise InvalidRequest(
-                    f"Documents came in 'context', and {_named(sources)} names a stored context. Send one of them.",
+                    f"Documents came in 'context', and {quoted(sources)} names a stored context. Send one of them.",
                     param="context",
                 )
-            inline = await self._contexts.inline(choice.served, request.inline_documents, background=request.background)
+            inline = await self._contexts.inline(choice.served, request.inline_documents, request.caller)
             return _Resolved(inline.id, inline.load, None)
-        text = _agreed("context", sources)
+        text = agreed("context", sources)
         if text is None:
             return await self._fallback(choice.served, request.namespace)
         ref = parse_ref(text, param=next(iter(sources)))
@@ -199,42 +204,6 @@ class EmbeddingService:
                 param="context",
             ) from error
         return _Resolved.stored(info, payload, fell_back=name == DEFAULT_CONTEXT)
-
-
-def _agreed(what: str, sources: Mapping[str, str]) -> str | None:
-    values = set(sources.values())
-    if len(values) > 1:
-        raise InvalidRequest(f"{_named(sources)} name different {what}s. Send one of them.", param=next(iter(sources)))
-    return values.pop() if values else None
-
-
-def _named(sources: Mapping[str, str]) -> str:
-    return " and ".join(f"'{source}' ({value[:80]})" for source, value in sources.items())
-
-
-def _input_type(choice: ModelChoice, sources: Mapping[str, str]) -> InputType | None:
-    named = dict(sources)
-    if choice.input_type is not None:
-        named["model"] = choice.input_type.value
-    text = _agreed("input type", named)
-    if text is None:
-        return None
-    try:
-        return InputType(text)
-    except ValueError as error:
-        raise InvalidRequest(
-            "Invalid input type: it is 'query', 'document' or 'none'.", param=next(iter(named))
-        ) from error
-
-
-def _dimensions(served: ServedModel, asked: int | None) -> int:
-    native = served.spec.hidden_size
-    if asked is None or asked == native:
-        return native
-    if served.matryoshka and asked < native:
-        return asked
-    allowed = f"1 to {native}" if served.matryoshka else f"{native} (or leave it out)"
-    raise InvalidRequest(f"Invalid 'dimensions': {served.id} gives vectors of {allowed}.", param="dimensions")
 
 
 def _finished(vectors: FloatArray, dimensions: int, *, normalize: bool) -> FloatArray:

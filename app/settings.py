@@ -74,6 +74,12 @@ class EngineSettings(_Group):
     batch_tokens: int = Field(
         0, ge=0, description="Tokens of one batch as computed, context rows counted; 0: 1100 on a CPU, else 16384"
     )
+    interactive_texts: int = Field(8, ge=0, description="Requests of up to so many texts go before larger ones")
+    stuck_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="A forward that takes longer fails its requests, and twice as long ends the process; 0: any",
+    )
 
     def workers_on(self, device: str) -> int:
         return self.workers or (cores() if device == "cpu" else 1)
@@ -90,6 +96,12 @@ class LimitSettings(_Group):
     max_file_bytes: Positive = Field(200 * 2**20, description="One file of batch lines")
     max_batch_lines: Positive = Field(50_000, description="Lines of one batch")
     queue_tokens: Positive = Field(4_500_000, description="Tokens waiting, as computed; beyond it requests get 429")
+    queue_seconds: float = Field(
+        300.0, ge=0, description="A request that would wait longer for its turn gets 429; 0: any"
+    )
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="A request that is not answered by then gets 503; `x-timeout-ms` says otherwise"
+    )
     vector_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="Vectors kept so that equal texts are not computed again; 0: none"
     )

@@ -11,9 +11,6 @@ REQUESTS = Counter("cde_requests_total", "Answers by route and status", ["route"
 REQUEST_SECONDS = Histogram("cde_request_seconds", "Time from the first byte to the last", ["route"])
 TOKENS = Counter("cde_tokens_total", "Tokens of texts, prompt and special ones in", ["model"])
 COMPUTE_TOKENS = Counter("cde_compute_tokens_total", "Tokens as computed, context rows counted", ["model"])
-QUEUE_TOKENS = Gauge("cde_queue_tokens", "Tokens as computed, waiting or running")
-BATCH_ROWS = Histogram("cde_batch_rows", "Texts in a batch", ["stage"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256))
-FORWARDS = Counter("cde_forwards_total", "Batches run", ["stage"])
 VECTOR_CACHE = Counter("cde_vector_cache_total", "Texts by where their vector came from", ["outcome"])
 VECTOR_CACHE_BYTES = Gauge("cde_vector_cache_bytes", "Bytes the vector cache holds")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from cachetools import LRUCache
 
-from app.domain import FloatArray, Payload, Stage, TokenizedText
+from app.domain import ANYBODY, Caller, FloatArray, Payload, Stage, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServiceError
 from app.registry import ServedModel
@@ -45,9 +45,13 @@ class VectorCache:
         self._flying: dict[Key, tuple[_Flight, int]] = {}
 
     async def embed(
-        self, served: ServedModel, texts: Sequence[TokenizedText], context: Payload, *, background: bool = False
+        self,
+        served: ServedModel,
+        texts: Sequence[TokenizedText],
+        context: Payload,
+        caller: Caller = ANYBODY,
     ) -> FloatArray:
-        """Raw vectors (n, hidden_size) float32, in order. `background`: computed when nobody waits.
+        """Raw vectors (n, hidden_size) float32, in order.
 
         Raises what Engine.submit and its future raise.
         """
@@ -67,11 +71,11 @@ class VectorCache:
             else:
                 missing[key] = text
         self._count(len(texts), shared=len(flights), computed=len(missing))
-        own = self._take_off(served, missing, context, background=background) if missing else {}
+        own = self._take_off(served, missing, context, caller) if missing else {}
         rows, failed = await self._landed(flights | own)
         borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in own}
         if borrowed and len(borrowed) == len(failed):  # another request's text may have been to blame
-            again = self._take_off(served, borrowed, context, background=background)
+            again = self._take_off(served, borrowed, context, caller)
             more, failed = await self._landed(again)
             rows |= more
         for error in failed.values():
@@ -82,16 +86,16 @@ class VectorCache:
         return out
 
     def _take_off(
-        self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, *, background: bool
+        self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, caller: Caller
     ) -> dict[Key, tuple[_Flight, int]]:
         texts = list(missing.values())
-        future = self._engine.submit(served.id, Stage.SECOND, texts, context, background=background)
+        future = self._engine.submit(served.id, Stage.SECOND, texts, context, caller=caller)
         COMPUTE_TOKENS.labels(served.id).inc(
             sum(len(text.input_ids) + served.spec.context_rows for text in missing.values())
         )
         flight = _Flight(asyncio.wrap_future(future))
         placed = {key: (flight, index) for index, key in enumerate(missing)}
-        if not background:  # a caller who waits is not to wait behind the background
+        if not caller.background:  # a caller who waits is not to wait behind the background
             self._flying |= placed
         flight.rows.add_done_callback(lambda rows: self._land(rows, placed))
         return placed

@@ -18,6 +18,7 @@ from app.api.openai_errors import response_of
 from app.api.openapi import form, takes
 from app.api.schemas import EmbeddingsRequest, ORJSONResponse, embeddings_body, list_body
 from app.batches.service import check_purpose
+from app.domain import Caller
 from app.errors import (
     InvalidRequest,
     RequestTooLarge,
@@ -49,7 +50,9 @@ class LineAnswers:
         try:
             lenient = self._settings.server.unknown_parameters == "ignore"
             body = validated(EmbeddingsRequest, raw, ignore_unknown=lenient)
-            request = request_of(body, self._settings.limits, namespace=namespace, background=True)
+            request = request_of(
+                body, self._settings.limits, namespace=namespace, caller=Caller(client=namespace, background=True)
+            )
             embeddings = await self._service.embed(request)
             return 200, await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
         except (RetryableError, StoreError):

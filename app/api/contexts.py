@@ -18,6 +18,7 @@ from app.api.context_schemas import (
     dry_run_body,
 )
 from app.api.dependencies import (
+    CallerOf,
     CatalogOf,
     Embedder,
     ModelOf,
@@ -29,6 +30,7 @@ from app.api.dependencies import (
     admitted,
 )
 from app.api.openapi import arrays, takes
+from app.api.presence import while_connected
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
 from app.compatibility import Comparison, compare
@@ -214,19 +216,21 @@ async def rollback_context(
 
 @router.post("/v1/contexts/{ref}/compatibility", openapi_extra=takes(CompatibilityRequest))
 async def compare_contexts(
+    request: Request,
     _key: CanReadContexts,
     embedder: Embedder,
+    *,
     registry: RegistryOf,
     namespace: Namespace,
+    caller: CallerOf,
     ref: str,
     body: Annotated[CompatibilityRequest, Depends(json_body(CompatibilityRequest))],
-    *,
     model: ModelQuery = None,
 ) -> Response:
     """How far two contexts part on the given texts: cosine of the two vectors, and overlap of nearest neighbours."""
     served = _of_body(registry, body.model, model)
-    comparison = Comparison(served, ref, body.with_, body.texts, body.input_type, body.top_k, namespace)
-    return ORJSONResponse(compatibility_body(await compare(embedder, comparison)))
+    comparison = Comparison(served, ref, body.with_, body.texts, body.input_type, body.top_k, namespace, caller)
+    return ORJSONResponse(compatibility_body(await while_connected(request, compare(embedder, comparison))))
 
 
 @router.delete("/v1/contexts/{ref}")

@@ -1,16 +1,19 @@
 """What the routes take from the app: the services, typed, and whether requests can be answered at all."""
 
+import time
 from typing import Annotated, Protocol
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 
 from app.batches.service import Batches
 from app.catalog import Catalog
 from app.contexts import Contexts
-from app.domain import SHARED, Space
+from app.domain import SHARED, Caller, Space
 from app.registry import Registry, ServedModel
 from app.service import EmbeddingService
 from app.settings import Settings
+
+MAX_TIMEOUT_MS = 24 * 3600 * 1000
 
 
 class Lifecycle(Protocol):
@@ -67,6 +70,21 @@ def _namespace(request: Request) -> str:
     return found
 
 
+def _caller(
+    request: Request,
+    *,
+    x_timeout_ms: Annotated[
+        int | None, Header(ge=1, le=MAX_TIMEOUT_MS, description="Until when an answer is of use; absent: a setting")
+    ] = None,
+) -> Caller:
+    """Who shares the device fairly: the key, or where there is none the connection."""
+    settings: Settings = request.app.state.settings
+    seconds = settings.limits.timeout_seconds if x_timeout_ms is None else x_timeout_ms / 1000
+    key = getattr(request.state, "key_name", None)
+    client = f"key {key}" if key is not None else "{}:{}".format(*(request.client or ("", 0)))
+    return Caller(client, time.monotonic() + seconds)
+
+
 SettingsOf = Annotated[Settings, Depends(_settings)]
 RegistryOf = Annotated[Registry, Depends(_registry)]
 ContextsOf = Annotated[Contexts, Depends(_contexts)]
@@ -75,6 +93,8 @@ CatalogOf = Annotated[Catalog, Depends(_catalog)]
 Embedder = Annotated[EmbeddingService, Depends(_service)]
 Namespace = Annotated[str, Depends(_namespace)]
 """Declare it behind the route's key: dependencies are resolved in order."""
+CallerOf = Annotated[Caller, Depends(_caller)]
+"""Behind the route's key, as `Namespace`; before its body, whose arrival is part of the time."""
 
 ModelQuery = Annotated[str | None, Query(description="Whose context; absent: the default model's")]
 

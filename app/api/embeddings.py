@@ -4,16 +4,17 @@ import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 
 from app.api.auth import CanEmbed
 from app.api.body import json_body
-from app.api.dependencies import Embedder, Namespace, SettingsOf, admitted
+from app.api.dependencies import CallerOf, Embedder, Namespace, SettingsOf, admitted
 from app.api.openapi import takes
+from app.api.presence import while_connected
 from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, split_input
-from app.domain import Embeddings
+from app.domain import Caller, Embeddings
+from app.embed_request import EmbedRequest
 from app.errors import InvalidRequest
-from app.service import EmbedRequest
 from app.settings import LimitSettings
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
@@ -29,12 +30,14 @@ FALLBACK_WARNING = (
 
 @router.post("/v1/embeddings", openapi_extra=takes(EmbeddingsRequest))
 async def create_embeddings(
+    http: Request,
     _key: CanEmbed,
     settings: SettingsOf,
     service: Embedder,
-    namespace: Namespace,
-    body: Annotated[EmbeddingsRequest, Depends(json_body(EmbeddingsRequest))],
     *,
+    namespace: Namespace,
+    caller: CallerOf,
+    body: Annotated[EmbeddingsRequest, Depends(json_body(EmbeddingsRequest))],
     x_context: Annotated[str | None, Header()] = None,
     x_input_type: Annotated[str | None, Header()] = None,
     x_expect_fingerprint: Annotated[str | None, Header()] = None,
@@ -44,11 +47,12 @@ async def create_embeddings(
         body,
         settings.limits,
         namespace=namespace,
+        caller=caller,
         x_context=x_context,
         x_input_type=x_input_type,
         expect_fingerprint=x_expect_fingerprint,
     )
-    embeddings = await service.embed(request)
+    embeddings = await while_connected(http, service.embed(request))
     if len(embeddings.vectors) <= SMALL:
         content = embeddings_body(embeddings, body.encoding_format)
     else:
@@ -61,10 +65,10 @@ def request_of(
     limits: LimitSettings,
     *,
     namespace: str,
+    caller: Caller,
     x_context: str | None = None,
     x_input_type: str | None = None,
     expect_fingerprint: str | None = None,
-    background: bool = False,
 ) -> EmbedRequest:
     """The use case's request. Raises InvalidRequest for too many inputs."""
     texts, token_ids = split_input(body.input)
@@ -83,7 +87,7 @@ def request_of(
         normalize=body.normalize,
         expect_fingerprint=expect_fingerprint,
         namespace=namespace,
-        background=background,
+        caller=caller,
     )
 
 

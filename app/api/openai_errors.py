@@ -43,6 +43,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.Unavailable: (503, SERVER, "not_ready"),
     errors.NotReady: (503, SERVER, "not_ready"),
     errors.ContextNotReady: (503, SERVER, "context_not_ready"),
+    errors.DeadlineExceeded: (503, SERVER, "deadline_exceeded"),
     errors.ShuttingDown: (503, SERVER, "shutting_down"),
     errors.EngineUnavailable: (503, SERVER, "engine_unavailable"),
 }

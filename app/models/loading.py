@@ -162,6 +162,7 @@ def _load_builtin(options: LoadOptions) -> LoadedModel:
         device=str(device),
         has_first_stage=True,
         is_cde=False,
+        pads=True,
         fallback_documents=(),
     )
     return LoadedModel(MiniLMContext(spec, weights), tokenizer)

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from app.building import ContextBuilder, Plan
-from app.domain import DATASET_EMBEDDINGS, DocumentCounts, Selection, Stage
+from app.domain import ANYBODY, DATASET_EMBEDDINGS, DocumentCounts, Lane, Selection, Stage
 from app.registry import ServedModel
 from app.tokenization import TextTokenizer
 from tests.engine.stub import StubModel, context, text
@@ -30,11 +30,11 @@ async def test_a_build_in_the_background_goes_last_and_is_not_joined() -> None:
     plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection(), DocumentCounts(), 2)
     running = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
     await asyncio.to_thread(gate.entered.wait, 10)
-    low = asyncio.create_task(builder.build(served, plan, background=True))
-    await asyncio.to_thread(until, lambda: engine._waiting.background.tokens > 0)
+    low = asyncio.create_task(builder.build(served, plan))
+    await asyncio.to_thread(until, lambda: engine._waiting.lanes[Lane.BACKGROUND].jobs > 0)
     asked = engine.submit("stub", Stage.SECOND, [text(3)] * 5, context(1.0))
-    high = asyncio.create_task(builder.build(served, plan))
-    await asyncio.to_thread(until, lambda: len(engine._waiting.foreground) == 7)
+    high = asyncio.create_task(builder.build(served, plan, caller=ANYBODY))
+    await asyncio.to_thread(until, lambda: engine._waiting.lanes[Lane.INTERACTIVE].jobs == 7)
     gate.open.set()
     made, joined = (await high).arrays[DATASET_EMBEDDINGS], (await low).arrays[DATASET_EMBEDDINGS]
     np.testing.assert_array_equal(made, joined)

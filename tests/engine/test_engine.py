@@ -1,18 +1,22 @@
 """One device thread: isolation, halving, refusal, cancellation, draining."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 from app.domain import Stage, TokenizedText
-from app.engine.engine import Engine
-from app.errors import NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown
+from app.engine import metrics
+from app.engine.engine import Engine, EngineOptions
+from app.engine.replica import Exact
+from app.errors import NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown, TooManyTokens
 from tests.engine.stub import StubModel, context, text
 
 POISON, NAN = 666, 999
+Fatal = Callable[[Exception], None]
 
 
 def poisoned(texts: Sequence[TokenizedText]) -> None:
@@ -31,8 +35,12 @@ class Gate:
         assert self.open.wait(30)
 
 
-def engine_of(model: StubModel, *, queue_tokens: int = 10_000, workers: int = 1) -> Engine:
-    made = Engine([{"stub": model}], batch_tokens=1000, queue_tokens=queue_tokens, cache_bytes=1 << 20, workers=workers)
+def engine_of(
+    *models: StubModel, exact: Exact | None = None, on_fatal: Fatal = lambda _: None, **options: Any
+) -> Engine:
+    """Started; one model a device."""
+    given = {"batch_tokens": 1000, "queue_tokens": 10_000, "cache_bytes": 1 << 20} | options
+    made = Engine([{"stub": m} for m in models], EngineOptions(**given), exact=exact, on_fatal=on_fatal)
     made.start()
     return made
 
@@ -123,23 +131,47 @@ def test_room_is_taken_for_the_whole_request_or_not_at_all() -> None:
     assert engine.queued_tokens == before == 99
     gate.open.set()
     assert queued.result(10).shape == (8, 4)
-    assert engine.submit("stub", Stage.SECOND, [text(1)] * 50, context(1.0)).result(10).shape == (50, 4)
+    assert engine.submit("stub", Stage.SECOND, [text(1)] * 9, context(1.0)).result(10).shape == (9, 4)
     engine.stop(5)
 
 
-def test_cancelled_work_is_not_run() -> None:
+def test_what_could_never_fit_is_refused_for_good() -> None:
+    engine = engine_of(StubModel(), queue_tokens=100)
+    with pytest.raises(TooManyTokens, match=r"110 tokens as computed, .* takes 100"):
+        engine.submit("stub", Stage.SECOND, [text(1)] * 10, context(1.0))
+    engine.stop(5)
+
+
+def test_cancelled_work_is_not_run_and_leaves_the_queue_at_once() -> None:
     gate = Gate()
     model = StubModel(gate)
     engine = engine_of(model)
     engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
     assert gate.entered.wait(10)
     gone = engine.submit("stub", Stage.SECOND, [text(2)] * 5, context(1.0))
+    assert engine.queued_tokens == 66
+    before = metrics.CANCELLED.labels("queued")._value.get()
     assert gone.cancel()
+    assert engine.queued_tokens == 11
+    assert metrics.CANCELLED.labels("queued")._value.get() == before + 5
     gate.open.set()
     engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)
     assert [rows for _, rows in model.batches] == [1, 1]
     with pytest.raises(CancelledError):
         gone.result()
+    engine.stop(5)
+
+
+def test_a_running_request_that_is_cancelled_runs_no_further_batch() -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model, batch_tokens=33)
+    gone = engine.submit("stub", Stage.SECOND, [text(2)] * 90, context(1.0))
+    assert gate.entered.wait(10)
+    gone.cancel()
+    gate.open.set()
+    engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)
+    assert [rows for _, rows in model.batches] == [3, 1]
     engine.stop(5)
 
 
@@ -217,8 +249,7 @@ def test_each_device_has_its_models_and_contexts() -> None:
     for mine, model in zip(loads, models, strict=True):
         original = model.load_context
         model.load_context = lambda arrays, mine=mine, original=original: mine.append(1) or original(arrays)  # type: ignore[method-assign,misc]
-    engine = Engine([{"stub": m} for m in models], batch_tokens=1, queue_tokens=10_000, cache_bytes=1 << 20)
-    engine.start()
+    engine = engine_of(*models, batch_tokens=1)
     futures = [engine.submit("stub", Stage.SECOND, [text(i)], context(1.0)) for i in range(40)]
     assert [future.result(20)[0, 0] for future in futures] == list(range(40))
     assert [len(model.threads) for model in models] == [1, 1]

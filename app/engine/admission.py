@@ -1,0 +1,75 @@
+"""Whether a request finds room in the queue, for all its texts or not at all, and can be answered in time."""
+
+import math
+
+from app.domain import Caller, Lane
+from app.engine.scheduling import WaitingJobs
+from app.errors import DeadlineExceeded, QueueFull, TooManyTokens
+
+FIRST_GUESS = 2_000.0
+"""Tokens as computed a second and worker, before anything was measured; only Retry-After depends on it."""
+FORGETTING = 0.2
+BULK_SHARE = 0.9
+"""Of the queue; the rest is for few texts."""
+HOPELESS = 2.0
+"""An estimate that is over the deadline by this factor is believed."""
+
+
+class Admission:
+    """Room in the queue, in tokens as computed, and how fast it empties. Callers hold the engine's lock."""
+
+    def __init__(self, waiting: WaitingJobs, *, queue_tokens: int, queue_seconds: float, workers: int) -> None:
+        """`queue_seconds`: how long a request may be expected to wait for its turn; 0: for ever."""
+        self._waiting = waiting
+        self._queue_tokens = queue_tokens
+        self._queue_seconds = queue_seconds or math.inf
+        self._workers = workers
+        self._rate = FIRST_GUESS  # of one worker
+        self._measured = False
+        self.running_tokens = 0
+        """In the batches that run."""
+
+    @property
+    def drain_rate(self) -> float:
+        """Tokens as computed a second, of all workers."""
+        return self._rate * self._workers
+
+    def measure(self, tokens: int, seconds: float) -> None:
+        """A batch took so long."""
+        rate = tokens / max(seconds, 1e-6)
+        self._rate = self._rate + FORGETTING * (rate - self._rate) if self._measured else rate
+        self._measured = True
+
+    def check(self, lane: Lane, cost: int, caller: Caller, now: float) -> None:
+        """Whether texts of `cost` tokens may wait in `lane`. Raises TooManyTokens, QueueFull, DeadlineExceeded."""
+        if cost > self._queue_tokens:
+            raise TooManyTokens(
+                f"Invalid 'input': {cost} tokens as computed, context rows counted, and this server's queue takes "
+                f"{self._queue_tokens}. Send fewer texts at a time.",
+                param="input",
+            )
+        before, held, room = self._standing(lane)
+        over = held + cost - room if held else 0
+        late = before / self.drain_rate - self._queue_seconds if self._measured else 0.0
+        if over > 0 or late > 0:
+            raise QueueFull(
+                "The server is busy: its queue is full. Please try again after the time in Retry-After.",
+                retry_after=max(over / self.drain_rate, late),
+            )
+        ready = (before + cost) / self.drain_rate
+        if self._measured and caller.deadline is not None and now + ready / HOPELESS > caller.deadline:
+            raise DeadlineExceeded(
+                f"The server is busy: this request would be ready in about {ready:.1f} s, which is beyond its time "
+                f"(x-timeout-ms, or the server's default). Please try again later, or allow more time.",
+                retry_after=before / self.drain_rate,
+            )
+
+    def _standing(self, lane: Lane) -> tuple[int, int, float]:
+        """Tokens before a newcomer's turn, tokens that take up the room it needs, and that room."""
+        tokens, running = self._waiting.tokens, self.running_tokens
+        awaited = tokens(Lane.INTERACTIVE, Lane.BULK) + running
+        if lane is Lane.BACKGROUND:  # its queue is its own, and it waits however long it takes
+            return 0, tokens(Lane.BACKGROUND), self._queue_tokens
+        if lane is Lane.BULK:
+            return awaited, awaited, BULK_SHARE * self._queue_tokens
+        return tokens(Lane.INTERACTIVE) + running, awaited, self._queue_tokens

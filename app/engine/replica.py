@@ -1,0 +1,231 @@
+"""One device: its models, the contexts on it, how large a batch it is known to take, and what happens to a batch that
+fails. Several workers may share one.
+
+A batch that raises is halved until the jobs that fail alone are found, and the others are answered. One that is out of
+memory empties the caches first, and later batches are smaller until it has gone well for a while. A vector that is
+not finite is computed once more, alone and in float32.
+"""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from app.domain import FloatArray, Payload, Stage
+from app.engine import metrics
+from app.engine.batching import Job
+from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
+from app.models.base import DeviceContext, TwoStageModel
+
+log = logging.getLogger(__name__)
+
+GROW_AFTER = 100
+"""Batches that went well before a lowered budget grows by GROWTH."""
+GROWTH = 1.25
+EXACT_SECONDS = 60.0
+"""At most so often is a model loaded in float32 for the sake of one vector."""
+
+Exact = Callable[[str], TwoStageModel]
+"""A model's id -> the same model in float32, loaded now."""
+
+
+class DeviceLost(Exception):
+    """The device, or this process's hold on it, is broken: no later forward can work."""
+
+
+class _Contexts(LRUCache[tuple[str, str], DeviceContext]):
+    """By model and content, bounded in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes, getsizeof=lambda c: sum(t.nbytes for t in c.values()) + 1)
+
+    def popitem(self) -> tuple[tuple[str, str], DeviceContext]:
+        metrics.CONTEXT_EVICTIONS.inc()
+        return super().popitem()
+
+
+class Replica:
+    """Thread-safe."""
+
+    def __init__(
+        self,
+        models: Mapping[str, TwoStageModel],
+        *,
+        batch_tokens: int,
+        cache_bytes: int,
+        exact: Exact | None = None,
+    ) -> None:
+        """`exact`: absent, a vector that is not finite is computed again by the model itself."""
+        self._models = models
+        self._exact = exact
+        self._exact_lock, self._exact_at = threading.Lock(), -EXACT_SECONDS
+        self._contexts = _Contexts(cache_bytes)
+        self._lock = threading.Lock()
+        self._most_tokens = batch_tokens
+        self._batch_tokens = batch_tokens
+        self._good = 0
+        self.device = next(iter(models.values())).spec.device if models else "cpu"
+        self.last_failed = False
+        metrics.BUDGET.labels(self.device).set(batch_tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch, padded, that are known to fit."""
+        return self._batch_tokens
+
+    def run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None]) -> None:
+        """Answers every job. `release`: called with jobs just before they are answered. Raises DeviceLost."""
+        self._run(batch, release, again=True)
+
+    def _run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None], *, again: bool) -> None:
+        try:
+            vectors = self._forward(batch)
+            if len(vectors) != len(batch):
+                raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
+        except Exception as error:
+            if _is_fatal(error):
+                raise DeviceLost(str(error)) from error
+            out_of_memory = _is_out_of_memory(error)
+            metrics.FAILED.labels("oom" if out_of_memory else "error").inc()
+            if out_of_memory:
+                self._make_room(batch)
+            if len(batch) > 1:
+                metrics.OOM_SPLITS.inc(out_of_memory)
+                half = len(batch) // 2
+                self._run(batch[:half], release, again=again)
+                self._run(batch[half:], release, again=again)
+            elif out_of_memory and again:
+                self._run(batch, release, again=False)
+            else:
+                self.last_failed = True
+                release(batch)
+                batch[0].submission.fail(_failure(error, out_of_memory=out_of_memory))
+        else:
+            self.last_failed = False
+            self._went_well()
+            release(batch)
+            self._answer(batch, vectors)
+
+    def _forward(self, batch: Sequence[Job]) -> FloatArray:
+        model_id, stage = batch[0].submission.group
+        model = self._models[model_id]
+        started = time.monotonic()
+        vectors = self._stage(model, stage, batch, [self._context(model_id, job.submission.payload) for job in batch])
+        seconds = time.monotonic() - started
+        for submission in {id(job.submission): job.submission for job in batch}.values():
+            submission.ran(seconds)
+        tokens = sum(job.cost for job in batch)
+        metrics.BATCH_ROWS.labels(stage).observe(len(batch))
+        metrics.BATCH_TOKENS.labels(stage).observe(tokens)
+        metrics.FORWARDS.labels(stage).inc()
+        metrics.FORWARD_SECONDS.labels(stage).observe(seconds)
+        if model.spec.pads:
+            metrics.PADDING.labels(stage).inc(max(job.cost for job in batch) * len(batch) - tokens)
+        return vectors
+
+    @staticmethod
+    def _stage(
+        model: TwoStageModel, stage: Stage, batch: Sequence[Job], contexts: Sequence[DeviceContext]
+    ) -> FloatArray:
+        texts = [job.text for job in batch]
+        run = model.first_stage if stage is Stage.FIRST else model.second_stage
+        return np.asarray(run(texts, contexts).cpu().numpy(), dtype=np.float32)
+
+    def _context(self, model_id: str, payload: Payload) -> DeviceContext:
+        key = (model_id, payload.key)
+        with self._lock:
+            context = self._contexts.get(key)
+        if context is None:
+            context = self._models[model_id].load_context(payload.arrays)
+            with self._lock:
+                if self._contexts.getsizeof(context) <= self._contexts.maxsize:
+                    self._contexts[key] = context
+                metrics.CONTEXT_BYTES.set(self._contexts.currsize)
+        return context
+
+    def _answer(self, batch: Sequence[Job], vectors: FloatArray) -> None:
+        for job, row in zip(batch, vectors, strict=True):
+            if job.submission.future.cancelled():
+                metrics.CANCELLED.labels("running").inc()
+            elif np.isfinite(row).all():
+                job.submission.fill(job.index, row)
+            else:
+                metrics.FAILED.labels("non_finite").inc()
+                self._recompute(job)
+
+    def _recompute(self, job: Job) -> None:
+        """Alone, in float32."""
+        try:
+            row = self._in_float32(job)
+        except Exception as error:
+            log.error("a vector that is not finite could not be computed again", exc_info=error)
+            row = None
+        if row is not None and np.isfinite(row).all():
+            metrics.NON_FINITE.labels("recomputed").inc()
+            job.submission.fill(job.index, row)
+            return
+        metrics.NON_FINITE.labels("failed").inc()
+        job.submission.fail(NonFiniteEmbedding("The model gave a vector with NaN or infinite values for this input."))
+
+    def _in_float32(self, job: Job) -> FloatArray | None:
+        model_id, stage = job.submission.group
+        model = self._models[model_id]
+        if self._exact is None or model.spec.dtype == "float32":
+            same: FloatArray = self._stage(model, stage, [job], [self._context(model_id, job.submission.payload)])[0]
+            return same
+        with self._exact_lock:
+            if time.monotonic() - self._exact_at < EXACT_SECONDS:
+                return None
+            self._exact_at = time.monotonic()
+            exact = self._exact(model_id)
+            row: FloatArray = self._stage(exact, stage, [job], [exact.load_context(job.submission.payload.arrays)])[0]
+            return row
+
+    def _make_room(self, batch: Sequence[Job]) -> None:
+        """Caches emptied, and later batches at most half as large as this one."""
+        tokens, longest = sum(job.cost for job in batch), max(job.cost for job in batch)
+        with self._lock:
+            self._contexts.clear()
+            self._good = 0
+            self._batch_tokens = min(self._batch_tokens, max(tokens // 2, longest))
+        metrics.BUDGET.labels(self.device).set(self._batch_tokens)
+        log.warning("%s is out of memory at %d tokens; batches are now of %d", self.device, tokens, self._batch_tokens)
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _went_well(self) -> None:
+        if self._batch_tokens == self._most_tokens:
+            return
+        with self._lock:
+            self._good += 1
+            if self._good >= GROW_AFTER:
+                self._good = 0
+                self._batch_tokens = min(self._most_tokens, int(self._batch_tokens * GROWTH) + 1)
+        metrics.BUDGET.labels(self.device).set(self._batch_tokens)
+
+
+def _failure(error: Exception, *, out_of_memory: bool) -> Exception:
+    if out_of_memory:
+        return EngineUnavailable("There is not enough memory for this input at the moment. Please try again.")
+    fault = ServerFault("The model failed on this input.")
+    fault.__cause__ = error
+    return fault
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says it in a class of its own on GPUs, and in words on CPUs."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _is_fatal(error: Exception) -> bool:
+    """CUDA errors other than a lack of memory stay with the process."""
+    return isinstance(error, torch.AcceleratorError) and not _is_out_of_memory(error)

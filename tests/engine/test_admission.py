@@ -1,0 +1,93 @@
+"""Room in the queue and estimates of time, as tables."""
+
+import pytest
+
+from app.domain import ANYBODY, Caller, Lane, Stage
+from app.engine.admission import Admission
+from app.engine.batching import submission_jobs
+from app.engine.scheduling import WaitingJobs
+from app.errors import DeadlineExceeded, QueueFull, TooManyTokens
+from tests.engine.stub import context, text
+
+NOW = 1000.0
+
+
+def desk(*waiting: tuple[Lane, int], running: int = 0, seconds: float = 0.0, rate: float | None = None) -> Admission:
+    """With so many tokens waiting in lanes; 100 tokens a second and worker where `rate` says no other."""
+    queue = WaitingJobs()
+    for lane, tokens in waiting:
+        made = submission_jobs(
+            ("m", Stage.SECOND), [text(*range(tokens))], context(1.0), hidden_size=4, context_rows=0, lane=lane
+        )
+        queue.add(made)
+    admission = Admission(queue, queue_tokens=1000, queue_seconds=seconds, workers=2)
+    admission.running_tokens = running
+    if rate is not None:
+        admission.measure(100, 100 / rate)
+    return admission
+
+
+@pytest.mark.parametrize(
+    ("admission", "lane", "cost", "fits"),
+    [
+        (desk(), Lane.BULK, 1000, True),  # alone a request of any allowed size fits
+        (desk((Lane.INTERACTIVE, 1)), Lane.BULK, 900, False),
+        (desk((Lane.BULK, 500)), Lane.BULK, 400, True),
+        (desk((Lane.BULK, 500)), Lane.BULK, 401, False),  # a tenth is kept for few texts
+        (desk((Lane.BULK, 500)), Lane.INTERACTIVE, 500, True),
+        (desk((Lane.BULK, 500)), Lane.INTERACTIVE, 501, False),
+        (desk((Lane.BULK, 400), running=100), Lane.INTERACTIVE, 501, False),
+        (desk((Lane.BACKGROUND, 900)), Lane.INTERACTIVE, 1000, True),  # nobody waits for the background
+        (desk((Lane.BULK, 900)), Lane.BACKGROUND, 1000, True),
+        (desk((Lane.BACKGROUND, 900)), Lane.BACKGROUND, 101, False),
+    ],
+)
+def test_room(admission: Admission, lane: Lane, cost: int, fits: bool) -> None:
+    if fits:
+        admission.check(lane, cost, ANYBODY, NOW)
+    else:
+        with pytest.raises(QueueFull):
+            admission.check(lane, cost, ANYBODY, NOW)
+
+
+def test_a_refusal_says_when_there_will_be_room() -> None:
+    admission = desk((Lane.BULK, 900), rate=100)  # of each of two workers
+    with pytest.raises(QueueFull) as refused:
+        admission.check(Lane.INTERACTIVE, 300, ANYBODY, NOW)
+    assert refused.value.retry_after == pytest.approx(1.0)
+
+
+def test_what_is_larger_than_the_queue_is_refused_for_good() -> None:
+    with pytest.raises(TooManyTokens):
+        desk().check(Lane.BULK, 1001, ANYBODY, NOW)
+
+
+def test_a_wait_that_is_too_long_is_a_full_queue() -> None:
+    admission = desk((Lane.BULK, 500), seconds=2.0, rate=100)  # 2.5 s until its turn
+    with pytest.raises(QueueFull) as refused:
+        admission.check(Lane.BULK, 10, ANYBODY, NOW)
+    assert refused.value.retry_after == pytest.approx(0.5)
+    admission.check(Lane.INTERACTIVE, 10, ANYBODY, NOW)  # which goes before it
+    admission.check(Lane.BACKGROUND, 10, ANYBODY, NOW)
+    desk((Lane.BULK, 500), seconds=2.0).check(Lane.BULK, 10, ANYBODY, NOW)  # nothing was measured yet
+
+
+@pytest.mark.parametrize(("time_left", "hopeless"), [(1.5, False), (1.0, True)])
+def test_a_deadline_that_cannot_be_kept_is_refused_before_any_work(time_left: float, hopeless: bool) -> None:
+    admission = desk((Lane.BULK, 400), rate=100)
+    caller = Caller(deadline=NOW + time_left)  # ready after 2.5 s by an estimate
+    if not hopeless:
+        admission.check(Lane.BULK, 100, caller, NOW)
+        return
+    with pytest.raises(DeadlineExceeded) as refused:
+        admission.check(Lane.BULK, 100, caller, NOW)
+    assert refused.value.retry_after == pytest.approx(2.0)
+
+
+def test_the_drain_rate_is_measured() -> None:
+    admission = desk()
+    guess = admission.drain_rate
+    admission.measure(1000, 2.0)
+    assert admission.drain_rate == 1000 != guess
+    admission.measure(1000, 1.0)
+    assert admission.drain_rate == pytest.approx(1200)

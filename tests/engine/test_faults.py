@@ -1,0 +1,288 @@
+"""What happens to a batch, a worker and the process when memory, numbers or threads fail."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from app.domain import Stage, TokenizedText
+from app.engine import metrics
+from app.engine.replica import GROW_AFTER
+from app.engine.workers import RESTARTS
+from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
+from app.models.base import DeviceContext
+from tests.engine.stub import SPEC, StubModel, context, text
+from tests.engine.test_engine import Gate, engine_of, poisoned
+
+DEADLY = 777
+
+
+class Memory:
+    """Room for so many texts at once."""
+
+    def __init__(self, texts: int, error: Callable[[str], Exception] = torch.OutOfMemoryError) -> None:
+        self.texts = texts
+        self.error = error
+        self.largest = 0
+
+    def __call__(self, texts: Sequence[TokenizedText]) -> None:
+        if len(texts) > self.texts:
+            raise self.error("CUDA out of memory")
+        self.largest = max(self.largest, len(texts))
+
+
+def deadly(texts: Sequence[TokenizedText]) -> None:
+    if any(DEADLY in t.input_ids for t in texts):
+        raise SystemExit("the thread ends")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_out_of_memory_halves_the_batch_and_all_are_answered(error: Callable[[str], Exception]) -> None:
+    memory = Memory(8, error)
+    model = StubModel(memory)
+    engine = engine_of(model)
+    splits = metrics.OOM_SPLITS._value.get()
+    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(64)], context(1.0)).result(10)
+    assert rows[:, 0].tolist() == list(range(64))
+    assert metrics.OOM_SPLITS._value.get() > splits
+    assert engine.healthy
+    engine.stop(5)
+
+
+def test_later_batches_are_smaller_until_it_has_gone_well_for_a_while() -> None:
+    memory = Memory(8)
+    model = StubModel(memory)
+    engine = engine_of(model)
+
+    def embed(texts: int) -> None:
+        engine.submit("stub", Stage.SECOND, [text(i) for i in range(texts)], context(1.0)).result(10)
+
+    embed(64)
+    model.batches.clear()
+    embed(64)
+    assert max(rows for _, rows in model.batches) == 8, "no batch is too large any more"
+    memory.texts = 1000
+    for _ in range(20 * GROW_AFTER):
+        embed(1)
+    model.batches.clear()
+    embed(64)
+    assert max(rows for _, rows in model.batches) == 64
+    engine.stop(5)
+
+
+def test_a_text_that_never_fits_fails_alone_and_may_be_tried_again() -> None:
+    gate = Gate()
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        gate(texts)
+        if any(len(t.input_ids) > 5 for t in texts):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = engine_of(StubModel(before))
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    good = [engine.submit("stub", Stage.SECOND, [text(i)], context(1.0)) for i in range(1, 8)]
+    large = engine.submit("stub", Stage.SECOND, [text(*range(9))], context(1.0))
+    gate.open.set()
+    with pytest.raises(EngineUnavailable, match="not enough memory"):
+        large.result(10)
+    assert [future.result(10)[0, 0] for future in good] == list(range(1, 8))
+    engine.stop(5)
+
+
+def test_contexts_on_the_device_make_room() -> None:
+    """They are loaded again for the second try, which has the memory they took."""
+    tries: list[int] = []
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        tries.append(len(texts))
+        if len(tries) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = StubModel(before)
+    loads: list[int] = []
+    original = model.load_context
+
+    def counted(arrays: object) -> DeviceContext:
+        loads.append(1)
+        return original(arrays)  # type: ignore[arg-type]
+
+    model.load_context = counted  # type: ignore[method-assign]
+    engine = engine_of(model)
+    for _ in range(3):
+        engine.submit("stub", Stage.SECOND, [text(1)], context(4.0)).result(10)
+    assert (tries, len(loads)) == ([1, 1, 1, 1], 2)
+    engine.stop(5)
+
+
+class Rounded(StubModel):
+    """In low precision its vectors are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = replace(SPEC, dtype="bfloat16")
+
+    def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
+        rows = super().second_stage(texts, contexts)
+        rows[[t.input_ids[0] == 9 for t in texts]] = float("inf")
+        return rows
+
+
+def test_a_vector_that_is_not_finite_is_computed_again_in_float32() -> None:
+    loaded: list[str] = []
+
+    def exact(model_id: str) -> StubModel:
+        loaded.append(model_id)
+        return StubModel()
+
+    engine = engine_of(Rounded(), exact=exact)
+    rows = engine.submit("stub", Stage.SECOND, [text(1), text(9), text(2)], context(5.0)).result(10)
+    np.testing.assert_array_equal(rows, [[1, 1, 5, 2], [9, 1, 5, 2], [2, 1, 5, 2]])
+    with pytest.raises(NonFiniteEmbedding):  # a model is not loaded again and again
+        engine.submit("stub", Stage.SECOND, [text(9)], context(5.0)).result(10)
+    assert loaded == ["stub"]
+    assert engine.healthy
+    engine.stop(5)
+
+
+def test_a_float32_model_computes_such_a_vector_once_more_itself() -> None:
+    once: list[int] = []
+
+    class Flaky(StubModel):
+        def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
+            rows = super().second_stage(texts, contexts)
+            if not once:
+                once.append(1)
+                rows[0] = float("nan")
+            return rows
+
+    engine = engine_of(Flaky())
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(5.0)).result(10)[0, 0] == 3
+    engine.stop(5)
+
+
+def test_a_worker_that_dies_is_started_again_and_its_callers_are_told() -> None:
+    model = StubModel(deadly)
+    fatal: list[Exception] = []
+    engine = engine_of(model, on_fatal=fatal.append)
+    for _ in range(RESTARTS):
+        with pytest.raises(EngineUnavailable, match="send the request again"):
+            engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0)).result(10)
+        assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+        until(lambda: engine.healthy)
+    assert fatal == []
+    assert len(model.threads) >= 2
+    held = engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0))
+    with pytest.raises(EngineUnavailable):
+        held.result(10)
+    until(lambda: len(fatal) == 1)
+    assert engine.problem == "a device worker is down"
+    assert engine.queued_tokens == 0
+    with pytest.raises(EngineUnavailable):
+        engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
+    engine.stop(5)
+
+
+def test_what_waits_is_failed_when_the_last_worker_is_gone() -> None:
+    gate = Gate()
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        gate(texts)
+        raise SystemExit
+
+    engine = engine_of(StubModel(before), batch_tokens=1)
+    futures = [engine.submit("stub", Stage.SECOND, [text(1)], context(1.0)) for _ in range(RESTARTS + 6)]
+    assert gate.entered.wait(10)
+    gate.open.set()
+    for future in futures:
+        with pytest.raises(EngineUnavailable):
+            future.result(10)
+    until(lambda: engine.queued_tokens == 0)
+    engine.stop(5)
+
+
+def test_a_lost_device_is_a_dead_worker() -> None:
+    def before(texts: Sequence[TokenizedText]) -> None:
+        if any(DEADLY in t.input_ids for t in texts):
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    engine = engine_of(StubModel(before))
+    restarts = metrics.RESTARTS.labels("cpu")._value.get()
+    with pytest.raises(EngineUnavailable):
+        engine.submit("stub", Stage.SECOND, [text(DEADLY), text(1)], context(1.0)).result(10)
+    until(lambda: metrics.RESTARTS.labels("cpu")._value.get() == restarts + 1)
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+    engine.stop(5)
+
+
+def test_a_stuck_forward_is_noticed_its_callers_answered_and_the_process_told() -> None:
+    gate = Gate()
+    fatal: list[Exception] = []
+    engine = engine_of(StubModel(gate), stuck_seconds=0.2, on_fatal=fatal.append)
+    stuck = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    with pytest.raises(EngineUnavailable, match="not answered for too long"):
+        stuck.result(10)
+    assert engine.problem == "a forward does not return"
+    assert engine.queued_tokens == 0
+    until(lambda: len(fatal) == 1)
+    gate.open.set()
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+    until(lambda: engine.healthy)
+    engine.stop(5)
+
+
+def test_poison_in_one_of_many_large_requests_fails_that_one_alone() -> None:
+    """And what is left of it in the queue is not computed."""
+    gate = Gate()
+
+    def before(texts: Sequence[TokenizedText]) -> None:
+        gate(texts)
+        poisoned(texts)
+
+    model = StubModel(before)
+    engine = engine_of(model, batch_tokens=44)
+    engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    good = [engine.submit("stub", Stage.SECOND, [text(i)] * 20, context(1.0)) for i in range(1, 5)]
+    bad = engine.submit("stub", Stage.SECOND, [text(666), *[text(1)] * 200], context(1.0))
+    gate.open.set()
+    with pytest.raises(ServerFault):
+        bad.result(10)
+    assert [future.result(10)[0, 0] for future in good] == [1, 2, 3, 4]
+    assert engine.queued_tokens == 0
+    assert sum(rows for _, rows in model.batches) < 200
+    engine.stop(5)
+
+
+def test_deaths_among_several_workers_lose_nobody() -> None:
+    model = StubModel(deadly)
+    engine = engine_of(model, workers=3)
+    futures = [engine.submit("stub", Stage.SECOND, [text(i)], context(float(i))) for i in range(1, 200)]
+    dead = [engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(0.5)) for _ in range(2)]
+    outcomes = []
+    for i, future in enumerate(futures, start=1):
+        error = future.exception(10)
+        outcomes.append(error is None)
+        if error is None:
+            np.testing.assert_array_equal(future.result(), [[i, 1, i, 2]])
+        else:
+            assert isinstance(error, EngineUnavailable)
+    assert sum(outcomes) > 0
+    for future in dead:
+        assert isinstance(future.exception(10), EngineUnavailable)
+    until(lambda: engine.queued_tokens == 0)
+    engine.stop(5)
+    assert threading.active_count() < 50
