@@ -10,7 +10,9 @@ from fastapi import FastAPI
 from app.assembly import Parts, assemble, load_replicas
 from app.domain import DEFAULT_CONTEXT, Stage
 from app.errors import NotReady, ServiceError, ShuttingDown, StartupError, StoreError, UnknownContextNamed
+from app.references import References
 from app.registry import ServedModel, parse_ref
+from app.selfcheck import check
 from app.settings import Settings
 from app.stores.database import Database
 
@@ -94,7 +96,9 @@ class Server:
         parts.engine.start()
         state.registry, state.contexts, state.catalog = parts.registry, parts.contexts, parts.catalog
         state.service, state.batches = parts.service, parts.batches
+        references = References(settings.data_dir / "selfcheck")
         for served in parts.registry.models:
+            await asyncio.to_thread(check, parts.engine, served, references)
             if await parts.catalog.ensure_default(served):
                 self._probed.append(served)
             else:

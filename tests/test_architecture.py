@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "vector_cache": {"domain", "engine", "errors", "registry", "telemetry"},
     "service": {"contexts", "domain", "errors", "registry", "telemetry", "token_ids", "vector_cache", "vectors"},
     "batches": {"batches", "errors", "stores.batch_base", "stores.batches", "stores.files", "telemetry"},
+    "references": {"domain"},
+    "selfcheck": {"domain", "engine", "errors", "models.base", "references", "registry", "vectors"},
     "compatibility": {"domain", "errors", "registry", "service", "vectors"},
     "offline": {
         "building",

@@ -11,7 +11,7 @@ import torch
 from app.domain import InputType, ModelSpec
 from app.errors import CheckpointError
 from app.models.base import TwoStageModel
-from app.models.checkpoint import load_weights, sha256
+from app.models.checkpoint import load_weights, revision_of, sha256
 from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
 from app.models.contextual import CdeWeights, ContextualModel, FirstStage, SecondStage, Semantics
 from app.models.files import WEIGHTS, CheckpointFiles, fetch_file, locate
@@ -76,6 +76,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     semantics = _semantics(backbone, options)
     device, dtype = options.resolved_device(), options.resolved_dtype()
     weights_path = files.need(WEIGHTS)
+    revision = revision_of(weights_path)
     try:
         with torch.device("meta"):
             second, hidden_size = backbone.build(backbone_config)
@@ -98,7 +99,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         id=options.id or files.name,
         family=backbone.family,
         semantics=_semantics_name(semantics, backbone, options),
-        revision=sha256(weights_path),
+        revision=revision,
         tokenizer_revision=tokenizer.revision,
         source=files.source,
         hidden_size=hidden_size,
