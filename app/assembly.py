@@ -40,8 +40,7 @@ class Parts:
 
 def load_replicas(settings: Settings) -> list[list[ServedModel]]:
     """All models, once a device. Raises CheckpointError."""
-    devices: list[str | None] = [*settings.engine.devices] or [None]
-    return [[_load(model, device) for model in settings.models] for device in devices]
+    return [[_load(model, device) for model in settings.models] for device in devices_of(settings)]
 
 
 def assemble(settings: Settings, database: Database, replicas: list[list[ServedModel]]) -> Parts:
@@ -79,10 +78,14 @@ def assemble(settings: Settings, database: Database, replicas: list[list[ServedM
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, runner))
 
 
-def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
-    names = served_names(settings)
-    options = LoadOptions(
-        id=names[0],
+def devices_of(settings: Settings) -> list[str | None]:
+    """Where all models are loaded; None: each where its own settings say."""
+    return [*settings.engine.devices] or [None]
+
+
+def options_of(settings: ModelSettings, device: str | None = None) -> LoadOptions:
+    return LoadOptions(
+        id=served_names(settings)[0],
         revision=settings.revision,
         semantics=settings.semantics,
         output_residual=settings.output_residual,
@@ -92,8 +95,12 @@ def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
         device=device or settings.device,
         context_attention=settings.context_attention,
     )
+
+
+def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
+    names = served_names(settings)
     started = time.perf_counter()
-    loaded = load_model(settings.name, options)
+    loaded = load_model(settings.name, options_of(settings, device))
     spec = loaded.model.spec
     log.info(
         "%s from %s: %s, %s, %s on %s, %.1f s",

@@ -14,7 +14,10 @@ from app.settings import Settings
 
 
 class Lifecycle(Protocol):
-    """Where the process is in its life; see main.py."""
+    """Where the process is in its life; see lifecycle.py."""
+
+    @property
+    def is_ending(self) -> bool: ...
 
     def check_admitted(self) -> None: ...
 
