@@ -42,8 +42,7 @@ class Parts:
 
 def load_replicas(settings: Settings) -> list[list[ServedModel]]:
     """All models, once a device. Raises CheckpointError."""
-    devices: list[str | None] = [*settings.engine.devices] or [None]
-    return [[_load(model, device) for model in settings.models] for device in devices]
+    return [[_load(model, device) for model in settings.models] for device in devices_of(settings)]
 
 
 def assemble(
@@ -94,14 +93,19 @@ def assemble(
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, runner))
 
 
+def devices_of(settings: Settings) -> list[str | None]:
+    """Where all models are loaded; None: each where its own settings say."""
+    return [*settings.engine.devices] or [None]
+
+
 def _in_float32(settings: Settings, registry: Registry, model_id: str) -> TwoStageModel:
     """The model once more, as exactly as it can be computed. Raises CheckpointError."""
     (chosen,) = [m for m in settings.models if registry.get(served_names(m)[0]).id == model_id]
     device = registry.get(model_id).spec.device
-    return load_model(chosen.name, replace(_options(chosen, device), dtype="float32")).model
+    return load_model(chosen.name, replace(options_of(chosen, device), dtype="float32")).model
 
 
-def _options(settings: ModelSettings, device: str | None) -> LoadOptions:
+def options_of(settings: ModelSettings, device: str | None = None) -> LoadOptions:
     return LoadOptions(
         id=served_names(settings)[0],
         revision=settings.revision,
@@ -117,7 +121,7 @@ def _options(settings: ModelSettings, device: str | None) -> LoadOptions:
 
 def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
     started = time.perf_counter()
-    loaded = load_model(settings.name, _options(settings, device))
+    loaded = load_model(settings.name, options_of(settings, device))
     spec = loaded.model.spec
     log.info(
         "%s from %s: %s, %s, %s on %s, %.1f s",

@@ -31,7 +31,8 @@ ServiceError
     └── NonFiniteEmbedding
 StartupError
 ├── ConfigError
-└── CheckpointError
+├── CheckpointError
+└── SelfCheckError
 StoreError
 """
 
@@ -171,6 +172,10 @@ class ConfigError(StartupError):
 
 class CheckpointError(StartupError):
     """The checkpoint cannot be loaded."""
+
+
+class SelfCheckError(StartupError):
+    """A loaded model gives other vectors than its checkpoint is known to give, or none."""
 
 
 class StoreError(Exception):

@@ -1,85 +1,144 @@
-"""Where the process is in its life: starting, ready, draining or failed."""
+"""Where the process is in its life: starting, ready, leaving, stopping or failed."""
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from enum import Enum
+from typing import TypeVar
 
-from fastapi import FastAPI
+from starlette.datastructures import State
 
 from app.assembly import Parts, assemble, load_replicas
 from app.domain import DEFAULT_CONTEXT, Stage
+from app.engine.workers import Problem
 from app.errors import NotReady, ServiceError, ShuttingDown, StartupError, StoreError, UnknownContextNamed
+from app.references import References
 from app.registry import ServedModel, parse_ref
+from app.selfcheck import check
 from app.settings import Settings
 from app.stores.database import Database
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 30.0
+T = TypeVar("T")
+
 PROBE_SECONDS = 5.0
+LAST_BATCH_SECONDS = 5.0
+"""What the engine may still take when all requests are answered: the batch it is in."""
+
+
+class Phase(Enum):
+    """In this order, but that everything may fail."""
+
+    STARTING = "starting"
+    READY = "ready"
+    LEAVING = "leaving"
+    """`/ready` says no, so that requests go elsewhere; those that come nevertheless are served."""
+    STOPPING = "stopping"
+    """Requests are refused; what was taken before is answered."""
+    FAILED = "failed"
 
 
 class Server:
-    """The objects behind the routes, and where they are in their life: starting, ready, draining or failed."""
+    """The objects behind the routes, and where they are in their life."""
 
-    def __init__(self, app: FastAPI, settings: Settings, on_failure: Callable[[Exception], None] | None) -> None:
-        self._app = app
-        self._settings = settings
+    def __init__(self, settings: Settings, on_failure: Callable[[Exception], None] | None = None) -> None:
+        """`on_failure` is called once, from any thread, when the process is of no use any more: it should end it."""
+        self.settings = settings
         self._on_failure = on_failure
-        self._state = "starting: the models are being loaded"
+        self._phase = Phase.STARTING
+        self._reason = "The models are being loaded."
+        self._loading: threading.Thread | None = None
         self._database: Database | None = None
         self._parts: Parts | None = None
         self._probed: list[ServedModel] = []
 
-    async def start(self) -> None:
-        """Loads and warms everything up; afterwards `check_ready` passes, or `on_failure` was called."""
+    async def start(self, state: State) -> None:
+        """Loads, checks and warms everything up, and puts what the routes use into `state`.
+
+        Afterwards `check_ready` passes, or `on_failure` was called.
+        """
         started = time.perf_counter()
         try:
-            await self._start()
+            await self._start(state)
         except Exception as error:
             if not isinstance(error, (StartupError, StoreError)):
                 log.error("unexpected %s", type(error).__name__, exc_info=error)
-            self._state = "failed to start; the server's log says why"
-            if self._on_failure is not None:
-                self._on_failure(error)
+            self.fail(error)
         else:
-            self._state = "ready"
-            log.info("ready after %.1f s", time.perf_counter() - started)
+            if self._phase is Phase.STARTING:
+                self._phase = Phase.READY
+                log.info("ready after %.1f s", time.perf_counter() - started)
+
+    def leave(self) -> None:
+        """Not ready from now on. Only sets what others read, so that a signal handler may call it."""
+        if self._phase in (Phase.STARTING, Phase.READY):
+            self._phase = Phase.LEAVING if self._phase is Phase.READY else Phase.STOPPING
+
+    def refuse(self) -> None:
+        """Takes no more requests."""
+        if self._phase is not Phase.FAILED:
+            self._phase = Phase.STOPPING
+
+    def fail(self, reason: Exception) -> None:
+        """Nothing will be answered any more: says so at `/ready`, and has the process ended. From any thread."""
+        if self._phase is Phase.FAILED:
+            return
+        self._phase = Phase.FAILED
+        self._reason = reason.message if isinstance(reason, ServiceError) else "The server's log says why."
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
     async def stop(self) -> None:
-        """Answers what was admitted, then lets go of everything."""
-        self._state = "shutting down"
+        """Lets go of everything. Requests are answered, or given up, before."""
+        self.refuse()
         if self._parts is not None:
             await self._parts.runner.close()
-            # No build ends within a drain; each is begun anew when it is asked for again.
+            # A build may take minutes; each is begun anew when it is asked for again.
             await self._parts.catalog.close()
-            await asyncio.to_thread(self._parts.engine.stop, DRAIN_SECONDS)
+            await asyncio.to_thread(self._parts.engine.stop, LAST_BATCH_SECONDS)
         if self._database is not None:
             await asyncio.to_thread(self._database.close)
 
-    def fail(self, error: Exception) -> None:
-        """Something is beyond repair: no new requests, and the process ends. For the event loop."""
-        self._state = f"failed: {error}"
-        if self._on_failure is not None:
-            self._on_failure(error)
+    @property
+    def is_leaving(self) -> bool:
+        return self._phase is Phase.LEAVING
+
+    @property
+    def is_ending(self) -> bool:
+        return self._phase in (Phase.LEAVING, Phase.STOPPING, Phase.FAILED)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a thread is left that nothing can stop: a download, or weights being read."""
+        return self._loading is not None and self._loading.is_alive()
 
     def check_admitted(self) -> None:
         """Raises NotReady, ShuttingDown where requests cannot be taken."""
-        if self._state == "shutting down":
+        if self._phase is Phase.STOPPING:
             raise ShuttingDown("The server is shutting down. Send the request again to another replica.")
-        if self._state != "ready":
-            raise NotReady(f"The server is not ready: {self._state}. Please try again.", retry_after=2.0)
+        if self._phase is Phase.STARTING:
+            raise NotReady(f"The server is starting. {self._reason} Please try again.", retry_after=2.0)
+        if self._phase is Phase.FAILED:
+            raise NotReady(f"The server has failed and is going down. {self._reason}", retry_after=5.0)
 
     async def check_ready(self) -> None:
-        """As `check_admitted`, and the last batch worked, or a probe does now."""
+        """As `check_admitted`, and it will stay so, and the last batch worked, or a probe does now."""
         self.check_admitted()
+        if self._phase is Phase.LEAVING:
+            raise ShuttingDown("The server is about to shut down. Send requests to another replica.")
         parts = self._parts
-        if parts is not None and not parts.engine.healthy:
-            try:
-                await asyncio.wait_for(self._probe(parts), PROBE_SECONDS)
-            except (ServiceError, TimeoutError) as error:
-                raise NotReady("The server is not ready: the last batch failed, and so did a probe.") from error
+        if parts is None or parts.engine.problem is None:
+            return
+        if parts.engine.problem is not Problem.LAST_BATCH:
+            raise NotReady(f"The server is not ready: {parts.engine.problem}.")
+        try:
+            await asyncio.wait_for(self._probe(parts), PROBE_SECONDS)
+        except (ServiceError, TimeoutError) as error:
+            raise NotReady(f"The server is not ready: {Problem.LAST_BATCH}, and so did a probe.") from error
 
     async def _probe(self, parts: Parts) -> None:
         """One tiny text through each model under its default context, past the cache. Raises what the engine raises."""
@@ -92,18 +151,19 @@ class Server:
             text = served.tokenizer.texts(["probe"], kind, kind, truncate=True)
             await asyncio.wrap_future(parts.engine.submit(served.id, Stage.SECOND, text, context))
 
-    async def _start(self) -> None:
-        settings, state, loop = self._settings, self._app.state, asyncio.get_running_loop()
-        self._database = await asyncio.to_thread(Database, settings.database_url)
-        replicas = await asyncio.to_thread(load_replicas, settings)
-
-        def fatal(error: Exception) -> None:
-            loop.call_soon_threadsafe(self.fail, error)
-
-        parts = self._parts = assemble(settings, self._database, replicas, fatal)
+    async def _start(self, state: State) -> None:
+        settings = self.settings
+        self._database = await self._loaded(lambda: Database(settings.database_url))
+        replicas = await self._loaded(lambda: load_replicas(settings))
+        parts = self._parts = assemble(settings, self._database, replicas, self.fail)
         parts.engine.start()
+        references = References(settings.data_dir / "selfcheck")
+        self._reason = "The models are being checked."
+        for served in parts.registry.models:
+            await asyncio.to_thread(check, parts.engine, served, references)
         state.registry, state.contexts, state.catalog = parts.registry, parts.contexts, parts.catalog
         state.service, state.batches = parts.service, parts.batches
+        self._reason = "The default contexts are being made."
         for served in parts.registry.models:
             if await parts.catalog.ensure_default(served):
                 self._probed.append(served)
@@ -111,3 +171,19 @@ class Server:
                 log.warning("%s has no default context: it is served without its first stage", served.id)
         await self._probe(parts)  # warm-up
         parts.runner.start()
+
+    async def _loaded(self, load: Callable[[], T]) -> T:
+        """In a thread of its own. Unlike the pool's, which are waited for, it does not keep the process from ending
+        while the Hub is slow or the database does not answer."""
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            outcome.set_running_or_notify_cancel()  # from here on nobody's going away cancels it
+            try:
+                outcome.set_result(load())
+            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+                outcome.set_exception(error)
+
+        self._loading = threading.Thread(target=run, name="loading", daemon=True)
+        self._loading.start()
+        return await asyncio.wrap_future(outcome)

@@ -1,4 +1,4 @@
-"""`create_app(settings)`: builds every object once; the lifespan starts and drains them."""
+"""`create_app(settings)`: the ASGI application; its lifespan starts and stops the objects behind it."""
 
 import asyncio
 import time
@@ -15,16 +15,25 @@ from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
+from app.api.farewell import Farewell
 from app.lifecycle import Server
+from app.preflight import check
 from app.settings import Settings
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | None = None) -> ASGIApp:
-    """The ASGI application. `on_failure` is called when start-up fails. Raises ConfigError for a bad keys file."""
+    """The ASGI application. `on_failure` is called when it cannot serve any more. Raises ConfigError."""
+    return application(Server(settings, on_failure))
+
+
+def application(server: Server) -> ASGIApp:
+    """The same around a `server` that the caller can also end in order. Raises ConfigError."""
+    settings = server.settings
+    check(settings)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(server.start())
+    async def lifespan(lifespan_app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(server.start(lifespan_app.state))
         try:
             yield
         finally:
@@ -40,7 +49,6 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
         lifespan=lifespan,
         redoc_url=None,
     )
-    server = Server(app, settings, on_failure)
     app.state.server = server
     app.state.settings = settings
     app.state.created = int(time.time())
@@ -59,4 +67,4 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
             expose_headers=["x-request-id", "x-context-id", "x-context-name", "x-embedding-fingerprint"],
         )
     app.add_middleware(LastNet)
-    return Envelope(app)
+    return Envelope(Farewell(app, server))

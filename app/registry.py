@@ -47,12 +47,7 @@ class Registry:
     def __init__(self, models: Sequence[ServedModel]) -> None:
         """Raises ConfigError where two models have a name in common."""
         self.models = tuple(models)
-        names = [name for served in self.models for name in served.names]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(
-                f"Several models are called {', '.join(twice)}: set served_name or aliases of one of them"
-            )
+        check_distinct([served.names for served in self.models])
         self._by_name = {name: served for served in self.models for name in served.names}
 
     @property
@@ -78,6 +73,14 @@ class Registry:
         model, at, context = base.rpartition("@")
         served = self.get(model if at else base)
         return ModelChoice(served, context if at else None, input_type)
+
+
+def check_distinct(names_of_models: Sequence[Sequence[str]]) -> None:
+    """Raises ConfigError where two models have a name in common."""
+    names = [name for names in names_of_models for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Several models are called {', '.join(twice)}: set served_name or aliases of one of them")
 
 
 def parse_ref(text: str, *, param: str | None = "context") -> ContextRef:

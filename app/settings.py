@@ -1,28 +1,11 @@
-"""All settings, in one frozen tree. The only reader of the environment and of `config/`.
-
-Layers, later wins: the defaults here < a TOML file < environment (`CDE__LIMITS__MAX_INPUTS=64`) < command line.
-"""
+"""All settings, in one frozen tree, with their defaults. `settings_sources.py` fills it."""
 
 import ipaddress
 import os
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
-
-from app.errors import ConfigError
-
-CONFIG_FILE = Path("config/cde-server.toml")
-CONFIG_VARIABLE = "CDE_CONFIG"
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -64,6 +47,19 @@ class ServerSettings(_Group):
         "reject", description="What to do with body fields nobody knows; ignore for gateways that add some"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged")
+    grace_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="After SIGTERM: how long requests are still taken, with `/ready` at 503; absent: 5, on loopback 0",
+    )
+    drain_seconds: float = Field(30, ge=0, description="Then: how long what was taken may go on being answered")
+
+    @property
+    def grace(self) -> float:
+        """On loopback nobody balances load."""
+        if self.grace_seconds is not None:
+            return self.grace_seconds
+        return 0.0 if _is_loopback(self.host) else 5.0
 
 
 class EngineSettings(_Group):
@@ -123,7 +119,7 @@ class ContextSettings(_Group):
 
 
 class Settings(_Group):
-    """The whole tree; `load_settings` builds it from all layers."""
+    """The whole tree."""
 
     models: tuple[ModelSettings, ...] = Field(
         (ModelSettings(),), min_length=1, description="Models to serve; the first is the default"
@@ -162,49 +158,9 @@ class Settings(_Group):
         return self
 
 
-def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
-    """The settings of this process. `overrides`: the command line's, nested like the tree.
-
-    `config`: a TOML file; else the one CDE_CONFIG names; else config/cde-server.toml where there is one.
-    Raises ConfigError with one line for each thing that is wrong.
-    """
-    named = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
-    if named and not named.is_file():
-        raise ConfigError(f"The settings file {named} does not exist")
-
-    class Layered(Settings, BaseSettings):
-        model_config = SettingsConfigDict(
-            env_prefix="CDE__", env_nested_delimiter="__", nested_model_default_partial_update=True
-        )
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del dotenv_settings, file_secret_settings
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=named or CONFIG_FILE)
-
-    try:
-        return Layered(**(overrides or {}))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_line(e) for e in error.errors())) from error
-    except (SettingsError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(str(error)) from error
-
-
 def cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _line(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    return f"{where}: {error['msg']}" if where else str(error["msg"]).removeprefix("Value error, ")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Imports run one way, modules stay small, and only settings.py reads the environment."""
+"""Imports run one way, modules stay small, and one of them reads the environment."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,8 @@ ALLOWED: dict[str, set[str]] = {
     "domain": set(),
     "telemetry": set(),
     "vectors": {"domain"},
-    "settings": {"errors"},
+    "settings": set(),
+    "settings_sources": {"errors", "settings"},
     "tokenization": {"domain", "errors"},
     "selection": {"domain", "vectors"},
     "payloads": {"domain"},
@@ -53,6 +54,8 @@ ALLOWED: dict[str, set[str]] = {
         "vectors",
     },
     "batches": {"batches", "errors", "stores.batch_base", "stores.batches", "stores.files", "telemetry"},
+    "references": {"domain"},
+    "selfcheck": {"domain", "engine", "errors", "models.base", "references", "registry", "vectors"},
     "compatibility": {"embed_request", "domain", "errors", "registry", "service", "vectors"},
     "offline": {
         "building",
@@ -90,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
         "telemetry",
     },
 }
-ANYTHING = {"main", "lifecycle", "assembly", "cli", "__init__"}
+ANYTHING = {"main", "lifecycle", "preflight", "assembly", "cli", "__init__"}
 
 
 def _room(path: Path) -> str:
@@ -134,6 +137,6 @@ def test_modules_and_functions_are_short(path: Path) -> None:
             assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
-def test_only_settings_reads_the_environment() -> None:
+def test_one_module_reads_the_environment() -> None:
     readers = [p.name for p in MODULES if "environ" in p.read_text() or "getenv" in p.read_text()]
-    assert readers == ["settings.py"]
+    assert readers == ["settings_sources.py"]

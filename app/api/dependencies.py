@@ -17,7 +17,10 @@ MAX_TIMEOUT_MS = 24 * 3600 * 1000
 
 
 class Lifecycle(Protocol):
-    """Where the process is in its life; see main.py."""
+    """Where the process is in its life; see lifecycle.py."""
+
+    @property
+    def is_ending(self) -> bool: ...
 
     def check_admitted(self) -> None: ...
 

@@ -25,7 +25,7 @@ from app.models.loading import LoadOptions
 from app.offline import Offline
 from app.payloads import from_npy, from_safetensors
 from app.registry import parse_ref
-from app.settings import load_settings
+from app.settings_sources import load_settings
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from app.vectors import normalized

@@ -1,21 +1,22 @@
 """`cde-server serve` and `check-config`."""
 
-import signal
-import sys
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from rich.console import Console
 
-from app.main import create_app
-from app.settings import Settings, load_settings
+from app.cli.draining import DrainingServer, listen
+from app.lifecycle import Server
+from app.main import application
+from app.preflight import check
+from app.settings import Settings
+from app.settings_sources import load_settings
 from app.telemetry import configure_logging
 
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
-KEEP_ALIVE_SECONDS = 75
-DRAIN_SECONDS = 35
 
 
 def serve(
@@ -54,40 +55,30 @@ def serve(
 
 
 def check_config(config: ConfigOption = None) -> None:
-    """Read the settings as `serve` would, and print them."""
-    Console(soft_wrap=True).print_json(load_settings({}, config).model_dump_json())
+    """Read and check the settings as `serve` would, and print them; no password is in what is printed."""
+    settings = load_settings({}, config)
+    check(settings)
+    Console(soft_wrap=True).print_json(settings.model_dump_json())
 
 
 def run(settings: Settings) -> None:
-    """Serves until a signal comes. Raises what kept the start-up from finishing."""
+    """Serves until a signal comes. Raises what kept it from starting, or from going on."""
     configure_logging(settings.server.log_level)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
         failures.append(error)
-        server.should_exit = True
+        server.end()
 
-    app = create_app(settings, on_failure=failed)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.server.host,
-            port=settings.server.port,
-            http="httptools",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
-    # uvicorn drains on these signals, then raises them once more: a clean end is exit code 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    server.run()
+    lifecycle = Server(settings, failed)
+    app = application(lifecycle)
+    server = DrainingServer(app, lifecycle, grace=settings.server.grace, drain=settings.server.drain_seconds)
+    server.run(listen(settings.server.host, settings.server.port))
     if failures:
         raise failures[0]
+    if lifecycle.is_loading:  # the interpreter would wait for that thread, or fall over it
+        logging.shutdown()
+        os._exit(0)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from app.engine.admission import Admission
 from app.engine.batching import Job, Submission, Timing, submission_jobs
 from app.engine.replica import Exact, Replica
 from app.engine.scheduling import WaitingJobs
-from app.engine.workers import Crew, Worker
+from app.engine.workers import Crew, Problem, Worker
 from app.errors import DeadlineExceeded, EngineUnavailable, QueueFull, ShuttingDown
 from app.models.base import TwoStageModel
 
@@ -73,8 +73,8 @@ class Engine:
         self._crew.start()
 
     @property
-    def problem(self) -> str | None:
-        """Why the next batch may not be answered: a worker is down or stuck, or the last batch failed."""
+    def problem(self) -> Problem | None:
+        """Why the next batch may not be answered, if there is a reason."""
         return self._crew.problem
 
     @property

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -25,6 +26,14 @@ RESTARTS, RESTART_SECONDS = 3, 600.0
 TICK_SECONDS = 0.5
 STOPPED = "The device worker stopped while it computed this. Please send the request again."
 STUCK = "The device has not answered for too long. Please send the request again."
+
+
+class Problem(StrEnum):
+    """Why the next batch may not be answered."""
+
+    DOWN = "a device worker is down"
+    STUCK = "a forward does not return"
+    LAST_BATCH = "the last batch failed"
 
 
 class Desk(Protocol):
@@ -112,12 +121,12 @@ class Crew:
         return not all(worker.lost for worker in self.workers)
 
     @property
-    def problem(self) -> str | None:
+    def problem(self) -> Problem | None:
         if any(worker.lost for worker in self.workers):
-            return "a device worker is down"
+            return Problem.DOWN
         if any(worker.stuck for worker in self.workers):
-            return "a forward does not return"
-        return "the last batch failed" if any(worker.replica.last_failed for worker in self.workers) else None
+            return Problem.STUCK
+        return Problem.LAST_BATCH if any(worker.replica.last_failed for worker in self.workers) else None
 
     def join(self, timeout: float) -> None:
         """Waits until all are through; the desk gives them no more work."""

@@ -24,6 +24,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def revision_of(path: Path) -> str:
+    """The SHA-256 of weights. In the Hub's cache a file is named by the one it should have: CheckpointError where it
+    has another, as after a download or a disk that failed."""
+    found, named = sha256(path), path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", named) and found != named:
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}…, and {named[:12]}… on the Hub. Remove {path.resolve()}; "
+            f"the next start fetches it again"
+        )
+    return found
+
+
 # A mapping lives as long as any tensor read through it, so every layer and every embedding table gets its own.
 MAPPED_TOGETHER = re.compile(r".*(layers\.\d+\.|_embeddings\.)|")
 

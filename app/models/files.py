@@ -65,14 +65,20 @@ def locate(model: str, revision: str | None = None) -> CheckpointFiles:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return CheckpointFiles(model, str(folder.resolve()), lambda name: _in_folder(folder, name))
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model!r} is neither a folder nor a Hub id like jxm/cde-small-v2")
+    check_name(model)
     try:
         # The first file decides the commit; all others come from the same one.
         commit = _download(model, revision or "main", "config.json").parent.name
     except _Missing as error:
         raise CheckpointError(f"{error}; {_NEEDS}") from error
     return CheckpointFiles(model, f"{model}@{commit}", _Commit(model, commit))
+
+
+def check_name(model: str) -> None:
+    """Raises CheckpointError where no Hub could have `model`, and no folder is called so."""
+    is_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    if not is_id and not Path(model).expanduser().is_dir():
+        raise CheckpointError(f"{model!r} is neither a folder nor a Hub id like jxm/cde-small-v2")
 
 
 def fetch_file(repo: str, filename: str) -> Path:

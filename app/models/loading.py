@@ -11,10 +11,10 @@ import torch
 from app.domain import InputType, ModelSpec
 from app.errors import CheckpointError
 from app.models.base import TwoStageModel
-from app.models.checkpoint import load_weights, sha256
+from app.models.checkpoint import load_weights, revision_of, sha256
 from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
 from app.models.contextual import CdeWeights, ContextualModel, FirstStage, SecondStage, Semantics
-from app.models.files import WEIGHTS, CheckpointFiles, fetch_file, locate
+from app.models.files import WEIGHTS, CheckpointFiles, check_name, fetch_file, locate
 from app.models.kernels import Kernels, Precision
 from app.models.minilm import HIDDEN_SIZE, MiniLM, MiniLMContext
 from app.models.tuning import fastest
@@ -65,9 +65,33 @@ class LoadedModel:
 def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     """Loads `name`: `builtin/minilm-context`, a folder in the Hub's layout, or a Hub id. Raises CheckpointError."""
     options = options or LoadOptions()
-    if options.resolved_device().type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"device {options.device!r} asked for, but torch {torch.__version__} sees no CUDA device")
+    check_options(name, options)
     return _load_builtin(options) if name == BUILTIN else _load_cde(locate(name, options.revision), options)
+
+
+def check_options(name: str, options: LoadOptions) -> None:
+    """What can be told without the weights, or a network. Raises CheckpointError."""
+    _check_device(options.device)
+    if name != BUILTIN:
+        check_name(name)
+    elif options.context_attention == "frozen":
+        raise CheckpointError(f"{BUILTIN} has no context rows to freeze: context_attention is for CDE models")
+    elif options.dtype == "int8":
+        raise CheckpointError(f"{BUILTIN} has no int8; it is small: take float32")
+
+
+def _check_device(name: str) -> None:
+    """Raises CheckpointError unless this torch can compute there."""
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise CheckpointError(f"device {name!r} is none: auto, cpu, cuda or cuda:1 (the second one)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
 
 
 def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
@@ -76,6 +100,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     semantics = _semantics(backbone, options)
     device, dtype = options.resolved_device(), options.resolved_dtype()
     weights_path = files.need(WEIGHTS)
+    revision = revision_of(weights_path)
     try:
         with torch.device("meta"):
             second, hidden_size = backbone.build(backbone_config)
@@ -98,7 +123,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         id=options.id or files.name,
         family=backbone.family,
         semantics=_semantics_name(semantics, backbone, options),
-        revision=sha256(weights_path),
+        revision=revision,
         tokenizer_revision=tokenizer.revision,
         source=files.source,
         hidden_size=hidden_size,
@@ -134,10 +159,6 @@ def _load_builtin(options: LoadOptions) -> LoadedModel:
         if not path.is_file() or sha256(path) != expected:
             raise CheckpointError(f"{path} is not the official all-MiniLM-L6-v2 file (SHA-256 {expected[:12]}…)")
     device, dtype = options.resolved_device(), options.resolved_dtype()
-    if options.context_attention == "frozen":
-        raise CheckpointError(f"{BUILTIN} has no context rows to freeze: context_attention is for CDE models")
-    if dtype == "int8":
-        raise CheckpointError(f"{BUILTIN} has no int8; it is small: take float32")
     with torch.device("meta"):
         weights = MiniLM()
     load_weights(weights, weights_path, device=device)

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.errors import CheckpointError, ConfigError
 from app.main import create_app
 from app.models.loading import load_model
 from app.settings import Settings
@@ -82,8 +83,12 @@ def test_the_port_opens_before_the_models_are_loaded(data_dir: Path, monkeypatch
     thread.join(30)
 
 
-def test_a_failed_start_is_told(data_dir: Path) -> None:
-    with pytest.raises(Exception, match="neither a folder nor a Hub id"), live_server(data_dir, ("./nowhere",)):
+def test_a_failed_start_is_told(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"has no config\.json"),
+        live_server(data_dir, (str(tmp_path / "nothing"),)),
+    ):
         pass
 
 
@@ -141,7 +146,7 @@ def test_a_repeated_request_is_answered_without_a_forward(data_dir: Path) -> Non
 
 def test_models_of_one_name_do_not_start(data_dir: Path) -> None:
     twice = [{"name": str(GOLDENS / V1), "semantics": s} for s in ("training", "hub")]
-    with pytest.raises(Exception, match="Several models are called"), live_server(data_dir, twice):
+    with pytest.raises(ConfigError, match="Several models are called"), live_server(data_dir, twice):
         pass
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from app.domain import Stage, TokenizedText
 from app.engine import metrics
 from app.engine.replica import GROW_AFTER
-from app.engine.workers import RESTARTS
+from app.engine.workers import RESTARTS, Problem
 from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
 from app.models.base import DeviceContext
 from tests.engine.stub import SPEC, StubModel, context, text
@@ -188,7 +188,7 @@ def test_a_worker_that_dies_is_started_again_and_its_callers_are_told() -> None:
     with pytest.raises(EngineUnavailable):
         held.result(10)
     until(lambda: len(fatal) == 1)
-    assert engine.problem == "a device worker is down"
+    assert engine.problem is Problem.DOWN
     assert engine.queued_tokens == 0
     with pytest.raises(EngineUnavailable):
         engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
@@ -235,7 +235,7 @@ def test_a_stuck_forward_is_noticed_its_callers_answered_and_the_process_told() 
     assert gate.entered.wait(10)
     with pytest.raises(EngineUnavailable, match="not answered for too long"):
         stuck.result(10)
-    assert engine.problem == "a forward does not return"
+    assert engine.problem is Problem.STUCK
     assert engine.queued_tokens == 0
     until(lambda: len(fatal) == 1)
     gate.open.set()

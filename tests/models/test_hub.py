@@ -403,6 +403,20 @@ def test_hub_dies_in_the_middle_of_the_weights(hub: HubServer, online: Loader, t
     assert online.loaded("me/dying")["spec"]["revision"] == load_golden(V2).model.spec.revision
 
 
+def test_weights_damaged_in_the_cache(hub: HubServer, online: Loader, tmp_path: Path) -> None:
+    hub.add("jxm/damaged", folder(tmp_path / "v1", V1))
+    online.loaded("jxm/damaged")
+    (weights,) = online.cache.glob("models--jxm--damaged/snapshots/*/model.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1  # still a whole safetensors file, of another number
+    weights.resolve().write_bytes(raw)
+    message = online.refused("jxm/damaged")
+    assert "is damaged" in message
+    assert str(weights.resolve()) in message
+    weights.resolve().unlink()
+    online.loaded("jxm/damaged")
+
+
 def test_a_folder_needs_no_hub(hub: HubServer, online: Loader, tmp_path: Path) -> None:
     path = folder(tmp_path / "local", V1, (*WEIGHTS, "tokenizer.json"))
     assert online.loaded(str(path))["spec"]["source"] == str(path)

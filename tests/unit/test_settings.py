@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.errors import ConfigError
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 
 
 @pytest.fixture(autouse=True)

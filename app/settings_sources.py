@@ -1,0 +1,97 @@
+"""Where settings come from. The only reader of the environment and of `config/`.
+
+Layers, later wins: defaults < a TOML file < environment (`CDE__LIMITS__MAX_INPUTS=64`) < command line.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from app.errors import ConfigError
+from app.settings import Settings
+
+CONFIG_FILE = Path("config/cde-server.toml")
+CONFIG_VARIABLE = "CDE_CONFIG"
+PREFIX = "CDE__"
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """The settings of this process. `overrides`: the command line's, nested like the tree.
+
+    `config`: a TOML file; else the one CDE_CONFIG names; else config/cde-server.toml where there is one.
+    Raises ConfigError with one line for each thing that is wrong.
+    """
+    named = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if named and not named.is_file():
+        raise ConfigError(f"The settings file {named} does not exist")
+    _check_variables()
+
+    class Layered(Settings, BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix=PREFIX, env_nested_delimiter="__", nested_model_default_partial_update=True
+        )
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=named or CONFIG_FILE)
+
+    try:
+        return Layered(**(overrides or {}))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_lines(error))) from error
+    except SettingsError as error:
+        raise ConfigError(_not_json(error)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"The settings file {named or CONFIG_FILE} cannot be read: {error}") from error
+
+
+def _check_variables() -> None:
+    """A group that does not exist would be passed over in silence; a setting in a group would not."""
+    for variable in os.environ:
+        group = variable.lower().removeprefix(PREFIX.lower()).partition("__")[0]
+        if variable.lower().startswith(PREFIX.lower()) and group not in Settings.model_fields:
+            raise ConfigError(
+                f"{variable}: there is no setting {group!r}; there are {', '.join(Settings.model_fields)}"
+            )
+
+
+def _not_json(error: SettingsError) -> str:
+    group = re.search(r'field "(\w+)"', str(error))
+    where = f"{PREFIX}{group[1].upper()}" if group else PREFIX
+    return f'{where}, or one that begins so, is not JSON: lists and groups are, like ["a", "b"]'
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """What holds something wrong is not wrong itself: a list that is too short without its wrong items."""
+    problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+    return [
+        _line(p) for p in problems if not any(len(x) > len(p["loc"]) and x[: len(p["loc"])] == p["loc"] for x in places)
+    ]
+
+
+def _line(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting"
+    return f"{where}: {error['msg']}" if where else str(error["msg"]).removeprefix("Value error, ")
