@@ -66,11 +66,11 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def claim(self, owner: str) -> BatchInfo | None:
-        """The oldest unfinished batch that no living process runs; it is `owner`'s now."""
+        """The oldest unfinished batch that nobody else alive runs; it is `owner`'s now, or still."""
 
         def work(connection: Connection) -> BatchInfo | None:
             now = time.time()
-            free = or_(batches.c.owner.is_(None), batches.c.beat_at < now - LEASE_SECONDS)
+            free = or_(batches.c.owner.is_(None), batches.c.owner == owner, batches.c.beat_at < now - LEASE_SECONDS)
             query = select(batches).where(batches.c.status.in_(UNFINISHED), free).order_by(batches.c.seq).limit(1)
             row = connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
             if row is None:

@@ -44,7 +44,7 @@ class Bench:
 async def running(path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]]) -> AsyncIterator[Bench]:
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
-    runner = BatchRunner(bench.store, bench.files, answer, max_lines=1000, max_line_bytes=1000)
+    runner = BatchRunner(bench.store, bench.files, database.threads, answer, max_lines=1000, max_line_bytes=1000)
     bench.wake = runner.wake
     runner.start()
     try:
