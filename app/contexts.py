@@ -18,11 +18,12 @@ from app.domain import (
     Selection,
     Space,
 )
-from app.errors import ContextDamaged, ContextModelMismatch, ContextNotReady, UnknownContextNamed
+from app.errors import ContextModelMismatch, ContextNotReady, UnknownContextNamed
 from app.names import Names
 from app.registry import ServedModel
 from app.selection import select
 from app.stores.base import ContextStore
+from app.stores.errors import PayloadDamaged
 from app.stores.threads import StoreThreads
 
 
@@ -72,7 +73,7 @@ class Contexts:
             info = await self._usable(served, ref, namespace)
             payload = await self._payload(info)
         if payload is None:
-            raise ContextDamaged(f"The arrays of {info.id} are missing. Delete the context and create it again.")
+            raise PayloadDamaged(f"The arrays of {info.id} are missing. Delete the context and create it again.")
         return info, payload
 
     async def _usable(self, served: ServedModel, ref: ContextRef, namespace: str) -> ContextInfo:

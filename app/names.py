@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from cachetools import LRUCache
 
 from app.domain import ContextInfo, ContextRef, ContextStatus, Space
-from app.errors import StoreBusy, StoreError
+from app.errors import StoreError
 from app.stores.base import ContextStore
+from app.stores.errors import StoreBusy
 from app.stores.threads import StoreThreads
 from app.telemetry import STALE_CONTEXTS
 

@@ -17,8 +17,9 @@ import orjson
 
 from app.batches.lines import Line, checked, numbered, parsed
 from app.errors import RetryableError, ShuttingDown, StoreError
-from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult
+from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
+from app.stores.errors import PayloadDamaged
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
 from app.telemetry import BATCH_LINES, BATCHES_RUNNING
@@ -113,6 +114,10 @@ class BatchRunner:
             done = await self._threads.write(self._store.finish, batch.id, owner)
             log.info("batch %s is %s: %d of %d lines, %d failed", done.id, done.status, done.completed, done.total,
                      done.failed)  # fmt: skip
+        except PayloadDamaged as error:
+            log.error("batch %s ends early: %s", batch.id, error)
+            problem = Problem("damaged_input_file", error.answer, param="input_file_id")
+            await self._threads.write(self._store.refuse, batch.id, owner, [problem])
         finally:
             beating.cancel()
             BATCHES_RUNNING.dec()

@@ -13,8 +13,9 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from app.errors import StoreAway, StoreBusy, StoreDamaged, StoreError, StoreFull, StoreReadOnly
+from app.errors import StoreError
 from app.stores import postgresql, sqlite
+from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
 from app.stores.faults import Faults, fault_of
 from app.stores.threads import StoreThreads
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from app.errors import StoreAway, StoreBusy, StoreDamaged, StoreError, StoreFull, StoreReadOnly
+from app.errors import StoreError
+from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
 from app.telemetry import STORE_FAULT
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, RowMapping, Select, and_, case, or_, select
 
 from app.domain import ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
-from app.errors import StoreDamaged
 from app.stores.base import LEASE_SECONDS, NewContext
+from app.stores.errors import StoreDamaged
 from app.stores.tables import names, payloads, versions
 
 ABANDONED = "The server that was building it has stopped. Create it again."

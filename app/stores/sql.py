@@ -8,11 +8,11 @@ import orjson
 from sqlalchemy import Connection, and_, exists, select, update
 
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, Page, Space
-from app.errors import ContextDamaged
 from app.payloads import from_safetensors, to_safetensors
 from app.stores import rows
 from app.stores.base import Begun, Built, NewContext
 from app.stores.database import Database
+from app.stores.errors import PayloadDamaged
 from app.stores.tables import names, payloads, versions
 from app.stores.writing import begin_version, complete_version, one, point, remove
 
@@ -73,7 +73,7 @@ class SqlContextStore:
         if row is None or row.data is None:
             return None
         if hashlib.sha256(row.data).hexdigest() != row.sha256:
-            raise ContextDamaged(
+            raise PayloadDamaged(
                 f"The stored arrays of {context_id} are damaged: they fail their checksum. Delete the context and "
                 f"create it again."
             )
@@ -87,7 +87,7 @@ class SqlContextStore:
         try:
             found: list[str] = orjson.loads(zlib.decompress(data))
         except (zlib.error, ValueError) as error:
-            raise ContextDamaged(
+            raise PayloadDamaged(
                 f"The stored documents of {context_id} are damaged. Delete the context and create it again."
             ) from error
         return found

@@ -13,18 +13,11 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from app.errors import (
-    ContextDamaged,
-    StoreAway,
-    StoreBusy,
-    StoreDamaged,
-    StoreError,
-    StoreFull,
-    StoreReadOnly,
-)
+from app.errors import StoreError
 from app.registry import parse_ref
 from app.stores import faults, postgresql, sqlite
 from app.stores.database import Database
+from app.stores.errors import PayloadDamaged, StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
 from app.stores.sql import SqlContextStore
 from tests.contract.test_store import M, built, new_context, put
 from tests.disks import fill, small_disk, unwritable
@@ -184,7 +177,7 @@ def test_damaged_arrays_are_noticed_and_others_are_not_affected(url: str) -> Non
         execute(
             url, f"UPDATE payloads SET data = (SELECT data FROM payloads WHERE id <> '{FIRST}') WHERE id = '{FIRST}'"
         )
-        with pytest.raises(ContextDamaged, match=f"{FIRST}.*create it again") as damaged:
+        with pytest.raises(PayloadDamaged, match=f"{FIRST}.*create it again") as damaged:
             store.arrays(FIRST)
         assert not damaged.value.passes
         assert store.arrays(f"ctx_{2:032x}") is not None
@@ -198,7 +191,7 @@ def test_damaged_documents_are_noticed(url: str) -> None:
         info, _ = store.begin(new_context("more", 2))
         store.complete(info, built(2, ["a", "b"]))
         execute(url, f"UPDATE payloads SET documents = data WHERE id = '{info.id}'")
-        with pytest.raises(ContextDamaged, match="documents"):
+        with pytest.raises(PayloadDamaged, match="documents"):
             store.texts(info.id)
 
 
