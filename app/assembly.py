@@ -69,10 +69,17 @@ def assemble(
         exact=lambda model_id: _in_float32(settings, registry, model_id),
         on_fatal=on_fatal,
     )
-    store, builder = SqlContextStore(database), ContextBuilder(engine)
-    contexts = Contexts(builder, store, cache_bytes=wanted.cache_bytes, default=wanted.default)
+    store, threads, builder = SqlContextStore(database), database.threads, ContextBuilder(engine)
+    contexts = Contexts(
+        builder,
+        store,
+        threads,
+        cache_bytes=wanted.cache_bytes,
+        stale_seconds=wanted.stale_seconds,
+        default=wanted.default,
+    )
     catalog = Catalog(
-        contexts, builder, store, keep_documents=wanted.keep_documents, candidates=wanted.diverse_candidates
+        contexts, builder, store, threads, keep_documents=wanted.keep_documents, candidates=wanted.diverse_candidates
     )
     policy = EmbedPolicy(
         max_tokens=limits.max_tokens_per_request,
@@ -86,11 +93,12 @@ def assemble(
     runner = BatchRunner(
         batches,
         files,
+        threads,
         LineAnswers(service, settings),
         max_lines=limits.max_batch_lines,
         max_line_bytes=limits.max_body_bytes,
     )
-    return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, runner))
+    return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, threads, runner))
 
 
 def devices_of(settings: Settings) -> list[str | None]:

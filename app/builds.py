@@ -6,34 +6,44 @@ the same is asked for again.
 
 import asyncio
 import logging
+import time
+from contextlib import suppress
 
 from app.building import ContextBuilder, Outcome, Plan
 from app.domain import ContextInfo, ContextRef, ContextStatus
 from app.errors import ContextNotFound, InvalidRequest, ServerFault, ServiceError, ShuttingDown, StoreError
 from app.registry import ServedModel
 from app.stores.base import Begun, Built, ContextStore, NewContext
+from app.stores.threads import StoreThreads
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.3
 """Between two looks at a version that another process builds."""
+KEEP_SECONDS = 600.0
+"""For so long a version that is built and cannot be stored is tried again: computing it may have taken as long."""
+TRY_SECONDS = 1.0
 STOPPED = "The server was shut down while it was being built. Create it again."
 FAULT = "The first stage failed; the server's log says why."
+UNSTORED = "It was built and could not be stored; the server's log says why. Create it again."
 
 
 class Builds:
     """Begins versions and carries them through. For one event loop."""
 
-    def __init__(self, builder: ContextBuilder, store: ContextStore, *, keep_documents: bool) -> None:
+    def __init__(
+        self, builder: ContextBuilder, store: ContextStore, threads: StoreThreads, *, keep_documents: bool
+    ) -> None:
         self._builder = builder
         self._store = store
+        self._threads = threads
         self._keep_documents = keep_documents
         self._running: dict[tuple[object, ...], asyncio.Task[ContextInfo]] = {}
 
     async def begin(self, served: ServedModel, new: NewContext, plan: Plan) -> tuple[ContextInfo, Begun]:
         """The version; its build is under way unless it is there already."""
-        info, begun = await asyncio.to_thread(self._store.begin, new)
+        info, begun = await self._threads.write(self._store.begin, new)
         if begun is Begun.OURS:
             task = asyncio.create_task(self._carry_through(served, info, plan))
             self._running[_key(info)] = task
@@ -47,9 +57,9 @@ class Builds:
             return await asyncio.shield(task)
         own = ContextRef(f"{info.name}.{info.version}", name=info.name, version=info.version)
         while True:
-            found = await asyncio.to_thread(self._store.get, info.space, own)
+            found = await self._threads.read(self._store.get, info.space, own)
             if found is None:  # deleted, or gone because the name had its content already
-                found = await asyncio.to_thread(self._store.get, info.space, ContextRef(info.id, id=info.id))
+                found = await self._threads.read(self._store.get, info.space, ContextRef(info.id, id=info.id))
             if found is None:
                 raise _deleted(info)
             if found.status is ContextStatus.COMPLETED:
@@ -72,25 +82,39 @@ class Builds:
             outcome = await self._outcome(served, info, plan, done)
             texts = outcome.documents if self._keep_documents else None
             built = Built(outcome.id, outcome.arrays, outcome.selection, outcome.counts, texts)
-            completed = await asyncio.to_thread(self._store.complete, info, built)
+            completed = await self._stored(info, built)
             if completed is None:
                 raise _deleted(info)
         except BaseException as error:
-            await asyncio.to_thread(self._store.fail, info, _reason(error))
+            with suppress(StoreError):  # then it has failed as soon as its lease has run out
+                await self._threads.write(self._store.fail, info, _reason(error))
             raise
         finally:
             beating.cancel()
         log.info("context %s.%d is %s", completed.name, completed.version, completed.id)
         return completed
 
+    async def _stored(self, info: ContextInfo, built: Built) -> ContextInfo | None:
+        """See ContextStore.complete. What a store that is away for a while missed is stored when it is back."""
+        until = time.monotonic() + KEEP_SECONDS
+        while True:
+            try:
+                return await self._threads.write(self._store.complete, info, built)
+            except StoreError as error:
+                if not error.passes or time.monotonic() > until:
+                    raise
+                log.info("context %s.%d is built and waits for the store (%s)", info.name, info.version, error.kind)
+                await asyncio.sleep(max(TRY_SECONDS, error.retry_after))
+
     async def _outcome(self, served: ServedModel, info: ContextInfo, plan: Plan, done: list[int]) -> Outcome:
         """From the store where another name of this namespace has it."""
         if plan.is_chosen:
-            same = await asyncio.to_thread(self._store.get, info.space, ContextRef(plan.id, id=plan.id))
-            if same is not None and same.status is ContextStatus.COMPLETED:
-                arrays = await asyncio.to_thread(self._store.arrays, same.id)
-                if arrays is not None:
-                    return Outcome(plan.id, arrays, plan.documents, plan.selection, plan.counts)
+            with suppress(StoreError):  # it is built, then
+                same = await self._threads.read(self._store.get, info.space, ContextRef(plan.id, id=plan.id))
+                if same is not None and same.status is ContextStatus.COMPLETED:
+                    arrays = await self._threads.read(self._store.arrays, same.id)
+                    if arrays is not None:
+                        return Outcome(plan.id, arrays, plan.documents, plan.selection, plan.counts)
 
         def progress(documents: int) -> None:
             done[0] = documents
@@ -100,10 +124,8 @@ class Builds:
     async def _beat(self, info: ContextInfo, done: list[int]) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            try:
-                await asyncio.to_thread(self._store.beat, info, done[0])
-            except StoreError as error:
-                log.warning("no sign of life of %s.%d: %s", info.name, info.version, error)
+            with suppress(StoreError):  # the store has said so in the log
+                await self._threads.write(self._store.beat, info, done[0])
 
     def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
         self._running.pop(_key(info), None)
@@ -120,6 +142,8 @@ def _key(info: ContextInfo) -> tuple[object, ...]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, (asyncio.CancelledError, ShuttingDown)):
         return STOPPED
+    if isinstance(error, StoreError):
+        return UNSTORED
     return error.message if isinstance(error, InvalidRequest) else FAULT
 
 

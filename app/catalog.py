@@ -28,6 +28,7 @@ from app.payloads import id_of_arrays
 from app.registry import ServedModel, check_name
 from app.selection import Minicorpus, select
 from app.stores.base import Begun, ContextStore, NewContext
+from app.stores.threads import StoreThreads
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Catalog:
         contexts: Contexts,
         builder: ContextBuilder,
         store: ContextStore,
+        threads: StoreThreads,
         *,
         keep_documents: bool = False,
         candidates: int = 0,
@@ -56,7 +58,8 @@ class Catalog:
         self._contexts = contexts
         self._builder = builder
         self._store = store
-        self._builds = Builds(builder, store, keep_documents=keep_documents)
+        self._threads = threads
+        self._builds = Builds(builder, store, threads, keep_documents=keep_documents)
         self._candidates = candidates
 
     def minicorpus(self, served: ServedModel, selection: Selection) -> Minicorpus:
@@ -91,10 +94,10 @@ class Catalog:
         """A version from documents; False where this content is there already. Raises InvalidRequest and its kin."""
         new, plan = await self.plan(served, creation, minicorpus, allow_empty=allow_empty)
         info, begun = await self._builds.begin(served, new, plan)
-        self._contexts.forget()
+        self._contexts.forget(new.space, name=new.name)
         if begun is not Begun.THERE and creation.wait:
             info = await self._builds.finished(info)
-            self._contexts.forget()
+            self._contexts.forget(new.space, name=new.name)
         return info, begun is Begun.OURS
 
     async def import_arrays(self, served: ServedModel, creation: Creation, arrays: Arrays) -> tuple[ContextInfo, bool]:
@@ -115,14 +118,14 @@ class Catalog:
             dimensions=served.spec.hidden_size,
             metadata=creation.metadata,
         )
-        info, created = await asyncio.to_thread(self._store.put, new, arrays)
-        self._contexts.forget()
+        info, created = await self._threads.write(self._store.put, new, arrays)
+        self._contexts.forget(new.space, name=new.name)
         self._contexts.keep(Payload(info.id, arrays))
         return info, created
 
     async def get(self, space: Space, ref: ContextRef) -> ContextInfo:
         """In any state. Raises ContextNotFound."""
-        info = await asyncio.to_thread(self._store.get, space, ref)
+        info = await self._threads.read(self._store.get, space, ref)
         if info is None:
             raise ContextNotFound(f"The context '{ref.text}' does not exist for model {space.model}.", param="ref")
         return info
@@ -130,7 +133,7 @@ class Catalog:
     async def texts(self, space: Space, ref: ContextRef) -> Sequence[str]:
         """The chosen documents. Raises ContextNotFound, also where they were not kept."""
         info = await self.get(space, ref)
-        found = await asyncio.to_thread(self._store.texts, info.id)
+        found = await self._threads.read(self._store.texts, info.id)
         if found is None:
             raise ContextNotFound(
                 f"The documents of '{ref.text}' were not kept: the setting contexts.keep_documents decides when a "
@@ -143,7 +146,7 @@ class Catalog:
         """Raises ContextNotFound, ContextNotReady."""
         info = await self.get(space, ref)
         check_completed(info, ref)
-        arrays = await asyncio.to_thread(self._store.arrays, info.id)
+        arrays = await self._threads.read(self._store.arrays, info.id)
         if arrays is None:
             raise ContextNotFound(f"The context '{ref.text}' was deleted just now.", param="ref")
         return info, arrays
@@ -152,7 +155,7 @@ class Catalog:
         self, namespace: str, served: ServedModel | None, *, after: str | None, limit: int, newest_first: bool
     ) -> Page:
         model = served.id if served else None
-        page = await asyncio.to_thread(
+        page = await self._threads.read(
             self._store.list_current, namespace, model, after=after, limit=limit, newest_first=newest_first
         )
         if page is None:
@@ -160,25 +163,25 @@ class Catalog:
         return page
 
     async def versions(self, space: Space, name: str) -> Sequence[ContextInfo]:
-        found = await asyncio.to_thread(self._store.versions, space, name)
+        found = await self._threads.read(self._store.versions, space, name)
         if not found:
             raise ContextNotFound(f"The context '{name}' does not exist for model {space.model}.", param="name")
         return found
 
     async def rollback(self, space: Space, name: str, version: int) -> ContextInfo:
-        info = await asyncio.to_thread(self._store.move, space, name, version)
+        info = await self._threads.write(self._store.move, space, name, version)
         if info is None:
             raise ContextNotFound(f"The context '{name}' has no completed version {version}.", param="version")
-        self._contexts.forget()
+        self._contexts.forget(space, name=name)
         return info
 
     async def delete(self, space: Space, ref: ContextRef) -> None:
         """Raises ContextNotFound, ContextInUse."""
         if ref.name is not None and ref.version is None:
-            deleted: bool | None = await asyncio.to_thread(self._store.delete_name, space, ref.name) or None
+            deleted: bool | None = await self._threads.write(self._store.delete_name, space, ref.name) or None
         else:
-            deleted = await asyncio.to_thread(self._store.delete_versions, space, ref)
-        self._contexts.forget()
+            deleted = await self._threads.write(self._store.delete_versions, space, ref)
+        self._contexts.forget(space, name=ref.name, context_id=ref.id)
         if deleted is None:
             raise ContextNotFound(f"The context '{ref.text}' does not exist for model {space.model}.", param="ref")
         if deleted is False:
@@ -195,7 +198,7 @@ class Catalog:
     async def ensure_default(self, served: ServedModel) -> bool:
         """Builds the model's own fallback where no usable `default` is stored. False: it cannot be built here."""
         spec = served.spec
-        info = await asyncio.to_thread(
+        info = await self._threads.read(
             self._store.get, Space(served.id), ContextRef(DEFAULT_CONTEXT, name=DEFAULT_CONTEXT)
         )
         if info is not None and info.status is ContextStatus.COMPLETED and info.model_revision == spec.revision:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache
 
 from app.building import ContextBuilder
 from app.domain import (
@@ -20,12 +20,12 @@ from app.domain import (
     Space,
 )
 from app.errors import ContextModelMismatch, ContextNotReady, UnknownContextNamed
+from app.names import Names
 from app.registry import ServedModel
 from app.selection import select
 from app.stores.base import ContextStore
-
-NAME_SECONDS = 0.5
-"""How long a name's target is believed before the store is asked again; another process may have moved it."""
+from app.stores.errors import PayloadDamaged
+from app.stores.threads import StoreThreads
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,25 @@ class InlineContext:
 
 
 class Contexts:
-    """Resolves contexts for one process, by way of caches. Coroutines run on one event loop; the store in threads."""
+    """Resolves contexts for one process, by way of caches: what is in them is served while the store is away.
+    Coroutines run on one event loop; the store in threads."""
 
     def __init__(
-        self, builder: ContextBuilder, store: ContextStore, *, cache_bytes: int, default: str = DEFAULT_CONTEXT
+        self,
+        builder: ContextBuilder,
+        store: ContextStore,
+        threads: StoreThreads,
+        *,
+        cache_bytes: int,
+        stale_seconds: float,
+        default: str = DEFAULT_CONTEXT,
     ) -> None:
-        """`default`: the one shared context that every namespace may use."""
+        """`default`: the one shared context that every namespace may use. `stale_seconds`: see Names."""
         self._builder = builder
         self._store = store
+        self._threads = threads
         self._default = default
-        self._infos: TTLCache[tuple[Space, str], ContextInfo] = TTLCache(4096, NAME_SECONDS)
-        self._generation = 0
+        self._names = Names(store, threads, stale_seconds=stale_seconds)
         self._payloads: LRUCache[str, Payload] = LRUCache(
             cache_bytes, getsizeof=lambda p: sum(a.nbytes for a in p.arrays.values()) + 1
         )
@@ -57,11 +65,22 @@ class Contexts:
     ) -> tuple[ContextInfo, Payload]:
         """The version `ref` means now, and its arrays.
 
-        Raises UnknownContextNamed, ContextModelMismatch, ContextNotReady.
+        Raises UnknownContextNamed, ContextModelMismatch, ContextNotReady, StoreError.
         """
-        info = await self._find(Space(served.id, namespace), ref)
+        info = await self._usable(served, ref, namespace)
+        payload = await self._payload(info)
+        if payload is None:  # deleted since it was found
+            self.forget(info.space, context_id=info.id)
+            info = await self._usable(served, ref, namespace)
+            payload = await self._payload(info)
+        if payload is None:
+            raise PayloadDamaged(f"The arrays of {info.id} are missing. Delete the context and create it again.")
+        return info, payload
+
+    async def _usable(self, served: ServedModel, ref: ContextRef, namespace: str) -> ContextInfo:
+        info = await self._names.find(Space(served.id, namespace), ref)
         if info is None and namespace != SHARED:
-            shared = await self._find(Space(served.id), ref)
+            shared = await self._names.find(Space(served.id), ref)
             info = shared if shared is not None and shared.name == self._default else None
         if info is None:
             await self._explain_missing(served, ref, namespace)
@@ -76,14 +95,15 @@ class Contexts:
                 f"Create it again from its documents.",
                 param="context",
             )
+        return info
+
+    async def _payload(self, info: ContextInfo) -> Payload | None:
+        """None: the store has none."""
         payload = self._payloads.get(info.id)
         if payload is None:
-            arrays = await asyncio.to_thread(self._store.arrays, info.id)
-            if arrays is None:  # deleted since it was found
-                self.forget()
-                return await self.resolve(served, ref, namespace)
-            payload = self.keep(Payload(info.id, arrays))
-        return info, payload
+            arrays = await self._threads.read(self._store.arrays, info.id)
+            payload = None if arrays is None else self.keep(Payload(info.id, arrays))
+        return payload
 
     async def inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> InlineContext:
         """Documents sent with a request; they go through the first stage once and are then kept by content."""
@@ -99,22 +119,12 @@ class Contexts:
 
         return InlineContext(plan.id, load)
 
-    async def _find(self, space: Space, ref: ContextRef) -> ContextInfo | None:
-        info = self._infos.get((space, ref.text))
-        if info is None:
-            generation = self._generation
-            info = await asyncio.to_thread(self._store.get, space, ref)
-            if info is not None and generation == self._generation:  # nothing has moved while the store was asked
-                self._infos[space, ref.text] = info
-        return info
-
-    def forget(self) -> None:
-        """Names may point elsewhere from now on."""
-        self._infos.clear()
-        self._generation += 1
+    def forget(self, space: Space, *, name: str | None = None, context_id: str | None = None) -> None:
+        """A name may point elsewhere from now on, or a content be gone."""
+        self._names.forget(space, name=name, context_id=context_id)
 
     async def _explain_missing(self, served: ServedModel, ref: ContextRef, namespace: str) -> None:
-        models = await asyncio.to_thread(self._store.models_of, namespace, ref)
+        models = await self._threads.read(self._store.models_of, namespace, ref)
         others = [model for model in models if model != served.id]
         if others:
             raise ContextModelMismatch(

@@ -143,7 +143,8 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class ContextInfo:
-    """A stored context version without its payload. `progress`: documents through the first stage, and all."""
+    """A stored context version without its payload. `progress`: documents through the first stage, and all.
+    `stale`: the store does not answer, and this is what it said last; the name may point elsewhere by now."""
 
     id: str
     space: Space
@@ -160,6 +161,7 @@ class ContextInfo:
     usage_bytes: int
     error: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,8 @@ class Embeddings:
     context_name: str | None
     fell_back: bool
     fingerprint: str
+    stale: bool = False
+    """The context is the last known one of its name; see ContextInfo."""
 
 
 @dataclass(frozen=True, slots=True)

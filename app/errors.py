@@ -33,8 +33,10 @@ StartupError
 ├── ConfigError
 ├── CheckpointError
 └── SelfCheckError
-StoreError
+StoreError, whose kinds are in stores/errors.py
 """
+
+from typing import ClassVar
 
 
 class ServiceError(Exception):
@@ -180,3 +182,11 @@ class SelfCheckError(StartupError):
 
 class StoreError(Exception):
     """The context store cannot answer."""
+
+    kind: ClassVar[str] = "unknown"
+    """Its name in metrics and logs."""
+    answer: str = "The context store cannot answer at the moment. Please try again."
+    """What a caller is told; the exception's own text is for the operator, and may name hosts and paths."""
+    passes: ClassVar[bool] = True
+    """Whether the same call may go well later, in `retry_after` seconds at the earliest, with nothing repaired."""
+    retry_after: float = 1.0

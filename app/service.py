@@ -57,13 +57,14 @@ class _Resolved:
     load: Callable[[], Awaitable[Payload]]
     name: str | None
     fell_back: bool = False
+    stale: bool = False
 
     @classmethod
     def stored(cls, info: ContextInfo, payload: Payload, *, fell_back: bool = False) -> "_Resolved":
         async def load() -> Payload:
             return payload
 
-        return cls(info.id, load, info.name, fell_back)
+        return cls(info.id, load, info.name, fell_back, info.stale)
 
 
 class EmbeddingService:
@@ -128,6 +129,7 @@ class EmbeddingService:
             context_name=context.name,
             fell_back=context.fell_back,
             fingerprint=fingerprint,
+            stale=context.stale,
         )
 
     async def tokenize(

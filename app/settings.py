@@ -112,6 +112,9 @@ class ContextSettings(_Group):
         description="PostgreSQL (postgresql://USER:PASSWORD@HOST/DATABASE), shared by several servers; absent: "
         "SQLite in `data_dir`",
     )
+    stale_seconds: float = Field(
+        86_400, ge=0, description="How long the last known version of a name serves while the store does not answer"
+    )
     keep_documents: bool = Field(False, description="Keep the chosen texts with each context, not only their vectors")
     diverse_candidates: Positive = Field(
         2048, description="Documents that `diverse` chooses from; all of them go through the first stage"

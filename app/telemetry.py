@@ -17,6 +17,9 @@ VECTOR_CACHE_BYTES = Gauge("cde_vector_cache_bytes", "Bytes the vector cache hol
 BATCH_LINES = Counter("cde_batch_lines_total", "Lines of batches answered", ["outcome"])
 BATCHES_RUNNING = Gauge("cde_batches_running", "Batches this process runs")
 
+STORE_FAULT = Gauge("cde_store_fault", "1 while the context store has this fault", ["kind"])
+STALE_CONTEXTS = Counter("cde_stale_contexts_total", "Requests under the last known version of a name")
+
 
 class _RequestId(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:

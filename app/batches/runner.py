@@ -17,9 +17,11 @@ import orjson
 
 from app.batches.lines import Line, checked, numbered, parsed
 from app.errors import RetryableError, ShuttingDown, StoreError
-from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult
+from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
+from app.stores.errors import PayloadDamaged
 from app.stores.files import SqlFileStore
+from app.stores.threads import StoreThreads
 from app.telemetry import BATCH_LINES, BATCHES_RUNNING
 
 log = logging.getLogger(__name__)
@@ -41,10 +43,18 @@ class BatchRunner:
     """For one event loop."""
 
     def __init__(
-        self, store: SqlBatchStore, files: SqlFileStore, answer: Answer, *, max_lines: int, max_line_bytes: int
+        self,
+        store: SqlBatchStore,
+        files: SqlFileStore,
+        threads: StoreThreads,
+        answer: Answer,
+        *,
+        max_lines: int,
+        max_line_bytes: int,
     ) -> None:
         self._store = store
         self._files = files
+        self._threads = threads
         self._answer = answer
         self._max_lines = max_lines
         self._max_line_bytes = max_line_bytes
@@ -67,20 +77,20 @@ class BatchRunner:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for owner in self._tasks:
             with suppress(StoreError):
-                await asyncio.to_thread(self._store.release, owner)
+                await self._threads.write(self._store.release, owner)
 
     async def _run(self, owner: str) -> None:
         while True:
             self._woken.clear()  # before the look: what comes during it counts
             try:
-                batch = await asyncio.to_thread(self._store.claim, owner)
+                batch = await self._threads.write(self._store.claim, owner)
                 if batch is not None:
                     await self._carry_through(batch, owner)
                     continue
             except LeaseLost:
                 log.warning("a batch was taken over by another process")
             except (StoreError, ShuttingDown) as error:
-                log.warning("batches wait: %s", error)
+                log.debug("batches wait: %s", error)  # the store has said so in the log, once
             except Exception as error:
                 log.error("unexpected %s in a batch", type(error).__name__, exc_info=error)
             with suppress(TimeoutError):
@@ -93,17 +103,21 @@ class BatchRunner:
         try:
             status = batch.status
             if status is BatchStatus.VALIDATING:
-                total, problems = await asyncio.to_thread(self._checked, batch)
+                total, problems = await self._threads.read(self._checked, batch)
                 if problems:
-                    await asyncio.to_thread(self._store.refuse, batch.id, owner, problems)
+                    await self._threads.write(self._store.refuse, batch.id, owner, problems)
                     log.info("batch %s: its input is refused", batch.id)
                     return
-                status = await asyncio.to_thread(self._store.begin, batch.id, owner, total)
+                status = await self._threads.write(self._store.begin, batch.id, owner, total)
             if status is BatchStatus.IN_PROGRESS:
                 await self._work(batch, owner, stopped)
-            done = await asyncio.to_thread(self._store.finish, batch.id, owner)
+            done = await self._threads.write(self._store.finish, batch.id, owner)
             log.info("batch %s is %s: %d of %d lines, %d failed", done.id, done.status, done.completed, done.total,
                      done.failed)  # fmt: skip
+        except PayloadDamaged as error:
+            log.error("batch %s ends early: %s", batch.id, error)
+            problem = Problem("damaged_input_file", error.answer, param="input_file_id")
+            await self._threads.write(self._store.refuse, batch.id, owner, [problem])
         finally:
             beating.cancel()
             BATCHES_RUNNING.dec()
@@ -113,14 +127,14 @@ class BatchRunner:
 
     async def _work(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
         """All lines that have no answer yet; ends early when the batch is cancelled or lost."""
-        answered = await asyncio.to_thread(self._store.answered, batch.id)
+        answered = await self._threads.read(self._store.answered, batch.id)
         windows = self._windows(batch, answered)
-        while window := await asyncio.to_thread(next, windows, None):
+        while window := await self._threads.read(next, windows, None):
             found = await asyncio.gather(*(self._result(batch, line, stopped) for line in window))
             results = [result for result in found if result is not None]
             if not results:
                 return
-            status = await asyncio.to_thread(self._store.record, batch.id, owner, results)
+            status = await self._threads.write(self._store.record, batch.id, owner, results)
             for result in results:
                 BATCH_LINES.labels("completed" if result.ok else "failed").inc()
             if status is BatchStatus.CANCELLING or stopped.is_set():
@@ -169,9 +183,9 @@ class BatchRunner:
         while not stopped.is_set():
             await asyncio.sleep(BEAT_SECONDS)
             try:
-                if await asyncio.to_thread(self._store.beat, batch.id, owner) is BatchStatus.CANCELLING:
+                if await self._threads.write(self._store.beat, batch.id, owner) is BatchStatus.CANCELLING:
                     stopped.set()
             except LeaseLost:
                 stopped.set()  # the next answers cannot be stored, which ends the run
             except StoreError as error:
-                log.warning("no sign of life of batch %s: %s", batch.id, error)
+                log.debug("no sign of life of batch %s: %s", batch.id, error)

@@ -1,6 +1,5 @@
 """Use cases of files and batches."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from app.errors import InvalidRequest, NotFound
 from app.stores.batch_base import BatchInfo, FileInfo, Listing
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
+from app.stores.threads import StoreThreads
 
 WINDOW = "24h"
 PURPOSE = "batch"
@@ -19,9 +19,10 @@ PURPOSE = "batch"
 class Batches:
     """Everything callers do to files and batches. Coroutines run on one event loop; the store in threads."""
 
-    def __init__(self, store: SqlBatchStore, files: SqlFileStore, runner: BatchRunner) -> None:
+    def __init__(self, store: SqlBatchStore, files: SqlFileStore, threads: StoreThreads, runner: BatchRunner) -> None:
         self._store = store
         self._files = files
+        self._threads = threads
         self._runner = runner
 
     async def upload(
@@ -29,11 +30,11 @@ class Batches:
     ) -> FileInfo:
         """Raises InvalidRequest, and what reading the content raises."""
         check_purpose(purpose)
-        return await asyncio.to_thread(self._files.add, namespace, filename, purpose, content)
+        return await self._threads.write(self._files.add, namespace, filename, purpose, content)
 
     async def file(self, namespace: str, file_id: str) -> FileInfo:
         """Raises NotFound."""
-        found = await asyncio.to_thread(self._files.get, namespace, file_id)
+        found = await self._threads.read(self._files.get, namespace, file_id)
         if found is None:
             raise _no_file(file_id)
         return found
@@ -46,7 +47,7 @@ class Batches:
     async def files(
         self, namespace: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> Listing[FileInfo]:
-        found = await asyncio.to_thread(
+        found = await self._threads.read(
             self._files.list, namespace, purpose=purpose, after=after, limit=limit, newest_first=newest_first
         )
         if found is None:
@@ -55,7 +56,7 @@ class Batches:
 
     async def delete_file(self, namespace: str, file_id: str) -> None:
         """Raises NotFound, InvalidRequest."""
-        deleted = await asyncio.to_thread(self._files.delete, namespace, file_id)
+        deleted = await self._threads.write(self._files.delete, namespace, file_id)
         if deleted is None:
             raise _no_file(file_id)
         if deleted is False:
@@ -71,7 +72,7 @@ class Batches:
             raise InvalidRequest(f"Invalid 'endpoint': this server runs batches of {ENDPOINT}.", param="endpoint")
         if window != WINDOW:
             raise InvalidRequest(f"Invalid 'completion_window': it is '{WINDOW}'.", param="completion_window")
-        found = await asyncio.to_thread(self._files.get, namespace, input_file_id)
+        found = await self._threads.read(self._files.get, namespace, input_file_id)
         if found is None:
             raise InvalidRequest(
                 f"Invalid 'input_file_id': no such file {input_file_id[:80]}. POST /v1/files takes it first.",
@@ -84,26 +85,26 @@ class Batches:
         batch = BatchInfo(
             f"batch_{uuid.uuid4().hex}", namespace, endpoint, input_file_id, window, int(time.time()), metadata=metadata
         )
-        await asyncio.to_thread(self._store.add, batch)
+        await self._threads.write(self._store.add, batch)
         self._runner.wake()
         return batch
 
     async def get(self, namespace: str, batch_id: str) -> BatchInfo:
         """Raises NotFound."""
-        found = await asyncio.to_thread(self._store.get, namespace, batch_id)
+        found = await self._threads.read(self._store.get, namespace, batch_id)
         if found is None:
             raise _no_batch(batch_id)
         return found
 
     async def list(self, namespace: str, *, after: str | None, limit: int) -> Listing[BatchInfo]:
-        found = await asyncio.to_thread(self._store.list, namespace, after=after, limit=limit)
+        found = await self._threads.read(self._store.list, namespace, after=after, limit=limit)
         if found is None:
             raise InvalidRequest(f"Invalid 'after': there is no batch '{after}'.", param="after")
         return found
 
     async def cancel(self, namespace: str, batch_id: str) -> BatchInfo:
         """Raises NotFound; InvalidRequest for one that is finished."""
-        found = await asyncio.to_thread(self._store.cancel, namespace, batch_id)
+        found = await self._threads.write(self._store.cancel, namespace, batch_id)
         if found is None:
             raise _no_batch(batch_id)
         if found.status not in ("cancelling", "cancelled"):

@@ -27,6 +27,7 @@ file_chunks = Table(
     Column("file_id", String(40), ForeignKey("files.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("data", LargeBinary, nullable=False),
+    Column("crc32", BigInteger),
 )
 
 batches = Table(
@@ -63,4 +64,5 @@ batch_lines = Table(
     Column("ok", Boolean, nullable=False),
     Column("bytes", Integer, nullable=False),
     Column("data", LargeBinary, nullable=False),
+    Column("crc32", BigInteger),
 )

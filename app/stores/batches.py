@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+from zlib import crc32
 
 from sqlalchemy import Connection, RowMapping, and_, func, insert, or_, select, update
 
@@ -66,11 +67,11 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def claim(self, owner: str) -> BatchInfo | None:
-        """The oldest unfinished batch that no living process runs; it is `owner`'s now."""
+        """The oldest unfinished batch that nobody else alive runs; it is `owner`'s now, or still."""
 
         def work(connection: Connection) -> BatchInfo | None:
             now = time.time()
-            free = or_(batches.c.owner.is_(None), batches.c.beat_at < now - LEASE_SECONDS)
+            free = or_(batches.c.owner.is_(None), batches.c.owner == owner, batches.c.beat_at < now - LEASE_SECONDS)
             query = select(batches).where(batches.c.status.in_(UNFINISHED), free).order_by(batches.c.seq).limit(1)
             row = connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
             if row is None:
@@ -109,11 +110,12 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def refuse(self, batch_id: str, owner: str, problems: Sequence[Problem]) -> None:
-        """The input cannot be run."""
+        """The input cannot be run, or not to its end; the answers there are become files."""
 
         def work(connection: Connection) -> None:
             row = _owned(connection, batch_id, owner)
-            _moved(connection, row, BatchStatus.FAILED, problems=[asdict(p) for p in problems], owner=None)
+            told, made = [asdict(problem) for problem in problems], _outputs(connection, row)
+            _moved(connection, row, BatchStatus.FAILED, problems=told, **made, owner=None)
 
         self._database.write(work)
 
@@ -127,7 +129,9 @@ class SqlBatchStore:
 
         def work(connection: Connection) -> BatchStatus:
             row = _owned(connection, batch_id, owner)
-            values = [{"batch_id": batch_id, "bytes": len(r.data), **asdict(r)} for r in results]
+            values = [
+                {"batch_id": batch_id, **asdict(r), "bytes": len(r.data), "crc32": crc32(r.data)} for r in results
+            ]
             connection.execute(insert(batch_lines), values)
             good = sum(r.ok for r in results)
             counts = {"completed": row["completed"] + good, "failed": row["failed"] + len(results) - good}
@@ -142,10 +146,7 @@ class SqlBatchStore:
         def work(connection: Connection) -> BatchInfo:
             row = _owned(connection, batch_id, owner)
             cancelled = row["status"] == BatchStatus.CANCELLING
-            made = {
-                "output_file_id": _output(connection, row, ok=True) if row["completed"] else None,
-                "error_file_id": _output(connection, row, ok=False) if row["failed"] else None,
-            }
+            made = _outputs(connection, row)
             if not cancelled:
                 row = _moved(connection, row, BatchStatus.FINALIZING)
             last = BatchStatus.CANCELLED if cancelled else BatchStatus.COMPLETED
@@ -167,6 +168,13 @@ def _moved(connection: Connection, row: RowMapping, status: BatchStatus, **more:
     same = batches.c.id == row["id"]
     connection.execute(update(batches).where(same).values(status=status.value, times=times, **more))
     return connection.execute(select(batches).where(same)).mappings().one()
+
+
+def _outputs(connection: Connection, row: RowMapping) -> dict[str, str | None]:
+    return {
+        "output_file_id": _output(connection, row, ok=True) if row["completed"] else None,
+        "error_file_id": _output(connection, row, ok=False) if row["failed"] else None,
+    }
 
 
 def _output(connection: Connection, row: RowMapping, *, ok: bool) -> str:

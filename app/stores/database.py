@@ -1,20 +1,23 @@
 """A database URL -> a database with its tables up to date, and transactions on it."""
 
 import random
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from app.errors import StoreError
+from app.stores import postgresql, sqlite
+from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
+from app.stores.faults import Faults, fault_of
+from app.stores.threads import StoreThreads
 
 T = TypeVar("T")
 
@@ -28,68 +31,86 @@ CONFLICTS = ("40001", "40P01")
 
 
 class Database:
-    """What all stores share. Thread-safe and synchronous."""
+    """What all stores share. Thread-safe and synchronous; `threads`: where coroutines call it."""
 
     def __init__(self, url: str) -> None:
         """Opens the database and brings its tables up to date. Raises StoreError."""
         self.engine = connect(url)
+        self.threads = StoreThreads()
+        self._file = sqlite.file_of(parsed_url(url))
+        self._faults = Faults()
 
     def close(self) -> None:
+        self.threads.close()
         self.engine.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """One transaction that writes nothing. Raises StoreError."""
+        self._faults.check()
         try:
             with self.engine.connect() as connection, connection.execution_options(immediate=False).begin():
+                self._faults.reached()
                 yield connection
         except SQLAlchemyError as error:
-            raise _silent(error) from error
+            raise self._fault(error) from error
+        except ValueError as error:  # a column holds no JSON, no time, no text
+            raise self._noted(StoreDamaged(f"The context store holds a row that cannot be read: {error}")) from error
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """One transaction; begun anew where another writer was in the way. Raises StoreError."""
+        self._faults.check()
+        if self._faults.has(StoreReadOnly):
+            self.engine.dispose()
         for attempt in range(ATTEMPTS):
             try:
                 with self.engine.connect() as connection, connection.execution_options(immediate=True).begin():
-                    return work(connection)
+                    self._faults.reached()
+                    result = work(connection)
             except SQLAlchemyError as error:
                 if not is_conflict(error) or attempt == ATTEMPTS - 1:
-                    raise _silent(error) from error
+                    raise self._fault(error) from error
                 time.sleep(PAUSE_SECONDS * attempt * random.random())  # noqa: S311 - not the same ones again at once
+            else:
+                self._faults.written()
+                return result
         raise AssertionError("the last attempt returns or raises")
 
+    def _fault(self, error: SQLAlchemyError) -> StoreError:
+        if isinstance(error, IntegrityError):  # the caller's, not the database's
+            return StoreError(f"The context store refuses a row: {type(error).__name__}")
+        fault = fault_of(error, self._file)
+        if not isinstance(fault, StoreBusy | StoreFull):
+            # A connection keeps what it found: a server that is gone, a standby, a file without the right to write.
+            self.engine.dispose()
+        return self._noted(fault)
 
-def _silent(error: SQLAlchemyError) -> StoreError:
-    return StoreError(f"The store does not answer: {type(error).__name__}")
+    def _noted(self, fault: StoreError) -> StoreError:
+        self._faults.begin(fault)
+        return fault
+
+
+def parsed_url(url: str) -> URL:
+    """Raises StoreError, which never shows a password."""
+    try:
+        parsed = _with_driver(make_url(url))
+    except ArgumentError:
+        parsed = None
+    if parsed is None or (parsed.get_backend_name() != "postgresql" and sqlite.file_of(parsed) is None):
+        raise StoreError("The context store's URL cannot be read; it is like postgresql://USER@HOST/DATABASE")
+    return parsed
 
 
 def connect(url: str) -> Engine:
     """Opens the database and brings its tables up to date. Raises StoreError, which never shows a password."""
+    parsed = parsed_url(url)
     try:
-        parsed = _with_driver(make_url(url))
-    except ArgumentError:
-        raise StoreError("The context store's URL cannot be read; it is like postgresql://USER@HOST/DATABASE") from None
-    try:
-        engine = _opened(parsed)
-        migrate(engine)
+        _migrate(parsed)
+        return _opened(parsed)
     except (SQLAlchemyError, OSError, ImportError) as error:
-        reason = str(error).replace(parsed.password or "\0", "***")
-        raise StoreError(f"The context store {parsed.render_as_string()} cannot be opened: {reason}") from error
-    return engine
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """SQLite's own patience does not cover this change, which another process may be making as well."""
-    for _ in range(100):
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
-            time.sleep(0.02)
-        else:
-            return
-    raise sqlite3.OperationalError("database is locked")
+        fault = fault_of(error, sqlite.file_of(parsed)) if isinstance(error, SQLAlchemyError) else StoreAway(str(error))
+        reason = str(fault).replace(parsed.password or "\0", "***")
+        raise type(fault)(f"The context store {parsed.render_as_string()} cannot be opened: {reason}") from error
 
 
 def is_conflict(error: SQLAlchemyError) -> bool:
@@ -99,8 +120,16 @@ def is_conflict(error: SQLAlchemyError) -> bool:
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in CONFLICTS
 
 
-def migrate(engine: Engine) -> None:
-    """Runs the migrations that are still to run. Raises SQLAlchemyError."""
+def _migrate(url: URL) -> None:
+    """Makes the database where it is a file, and runs the migrations that are still to run. Raises SQLAlchemyError,
+    OSError, ImportError."""
+    file = sqlite.file_of(url)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        engine = sqlite.opened(file, mode="rwc", poolclass=NullPool)
+    else:  # a migration, or waiting for another process's, may take its time
+        timeout = {"connect_timeout": postgresql.CONNECT_SECONDS}
+        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=timeout)
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
@@ -116,24 +145,5 @@ def _with_driver(url: URL) -> URL:
 
 
 def _opened(url: URL) -> Engine:
-    """SQLite in write-ahead mode, every commit on disk; other databases as they are."""
-    if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
-
-    @event.listens_for(engine, "connect")
-    def _pragmas(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy's BEGIN below, not the driver's late one
-        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        _write_ahead(connection)
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # A writer takes the write lock at once: a read lock that grows in mid-transaction fails when two do it.
-        immediate = connection.get_execution_options().get("immediate", True)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
+    file = sqlite.file_of(url)
+    return postgresql.opened(url) if file is None else sqlite.opened(file, mode="rw")

@@ -5,20 +5,24 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
+from zlib import crc32
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, RowMapping, Table, and_, delete, insert, select, update
 
 from app.stores.batch_base import UNFINISHED, FileInfo, Listing
 from app.stores.batch_tables import batch_lines, batches, file_chunks, files
 from app.stores.database import Database
+from app.stores.errors import PayloadDamaged
 
 CHUNK_BYTES = 2**20
 LOOK_AHEAD = 500
 """Lines whose sizes are looked at to make a piece of about CHUNK_BYTES."""
+DELETED_TOGETHER = 500
 
 
 class SqlFileStore:
-    """Thread-safe and synchronous; every method raises StoreError when the store cannot answer."""
+    """Thread-safe and synchronous; every method raises StoreError when the store cannot answer, PayloadDamaged among
+    them where a file's content is read."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -68,7 +72,7 @@ class SqlFileStore:
                 return False
             connection.execute(delete(file_chunks).where(file_chunks.c.file_id == file_id))
             if row["batch_id"] is not None:
-                connection.execute(delete(batch_lines).where(_of(row)))
+                _delete_lines(connection, row)
             connection.execute(delete(files).where(files.c.id == file_id))
             return True
 
@@ -87,7 +91,7 @@ def add_file(connection: Connection, namespace: str, filename: str, purpose: str
 def _written(connection: Connection, namespace: str, filename: str, purpose: str, content: Iterable[bytes]) -> FileInfo:
     info, size = add_file(connection, namespace, filename, purpose, 0), 0
     for number, data in enumerate(_resized(content)):
-        connection.execute(insert(file_chunks).values(file_id=info.id, number=number, data=data))
+        connection.execute(insert(file_chunks).values(file_id=info.id, number=number, data=data, crc32=crc32(data)))
         size += len(data)
     connection.execute(update(files).where(files.c.id == info.id).values(bytes=size))
     return replace(info, bytes=size)
@@ -96,9 +100,9 @@ def _written(connection: Connection, namespace: str, filename: str, purpose: str
 def _piece(connection: Connection, file: RowMapping, after: int) -> tuple[int | None, bytes]:
     """What follows position `after`, and the position it ends at; None: nothing follows."""
     if file["batch_id"] is None:
-        chunks = select(file_chunks.c.data).where(file_chunks.c.file_id == file["id"])
-        chunk: bytes | None = connection.scalar(chunks.where(file_chunks.c.number == after + 1))
-        return (None, b"") if chunk is None else (after + 1, chunk)
+        chunks = select(file_chunks).where(file_chunks.c.file_id == file["id"], file_chunks.c.number == after + 1)
+        chunk = connection.execute(chunks).first()
+        return (None, b"") if chunk is None else (after + 1, _whole(file, chunk))
     beyond = and_(_of(file), batch_lines.c.number > after)
     sizes = select(batch_lines.c.number, batch_lines.c.bytes).where(beyond).order_by(batch_lines.c.number)
     last, total = None, 0
@@ -108,8 +112,26 @@ def _piece(connection: Connection, file: RowMapping, after: int) -> tuple[int | 
         last, total = row.number, total + row.bytes
     if last is None:
         return None, b""
-    lines = select(batch_lines.c.data).where(beyond, batch_lines.c.number <= last).order_by(batch_lines.c.number)
-    return last, b"".join(connection.scalars(lines))
+    lines = select(batch_lines).where(beyond, batch_lines.c.number <= last).order_by(batch_lines.c.number)
+    return last, b"".join(_whole(file, line) for line in connection.execute(lines))
+
+
+def _whole(file: RowMapping, row: Row[Any]) -> bytes:
+    """Raises PayloadDamaged. What was stored before there were checksums has none."""
+    data: bytes = row.data
+    if row.crc32 not in (None, crc32(data)):
+        raise PayloadDamaged(
+            f"The stored content of {file['id']} is damaged: it fails its checksum. Delete the file and upload or "
+            f"compute it again."
+        )
+    return data
+
+
+def _delete_lines(connection: Connection, file: RowMapping) -> None:
+    """Some at a time: no statement takes longer than the database lets one."""
+    some = select(batch_lines.c.number).where(_of(file)).limit(DELETED_TOGETHER)
+    while numbers := connection.scalars(some).all():
+        connection.execute(delete(batch_lines).where(_of(file), batch_lines.c.number.in_(numbers)))
 
 
 def _of(file: RowMapping) -> ColumnElement[bool]:

@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, RowMapping, Select, and_, case, or_, selec
 
 from app.domain import ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
 from app.stores.base import LEASE_SECONDS, NewContext
+from app.stores.errors import StoreDamaged
 from app.stores.tables import names, payloads, versions
 
 ABANDONED = "The server that was building it has stopped. Create it again."
@@ -44,7 +45,14 @@ def version_fields(new: NewContext, version: int) -> dict[str, Any]:
 
 
 def info_of(row: RowMapping | dict[str, Any]) -> ContextInfo:
-    """One whose builder is gone has failed, whatever the row still says."""
+    """One whose builder is gone has failed, whatever the row still says. Raises StoreDamaged."""
+    try:
+        return _info(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreDamaged(f"A context's row cannot be read: {error}") from error
+
+
+def _info(row: RowMapping | dict[str, Any]) -> ContextInfo:
     status, error = ContextStatus(row["status"]), row["error"]
     if abandoned(row):
         status, error = ContextStatus.FAILED, ABANDONED

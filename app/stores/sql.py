@@ -1,4 +1,4 @@
-"""The context store on SQLAlchemy: SQLite in a file (default), PostgreSQL, or any database with these tables."""
+"""The context store on SQLAlchemy: SQLite in a file (default), or PostgreSQL."""
 
 import hashlib
 import zlib
@@ -8,11 +8,11 @@ import orjson
 from sqlalchemy import Connection, and_, exists, select, update
 
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, Page, Space
-from app.errors import StoreError
 from app.payloads import from_safetensors, to_safetensors
 from app.stores import rows
 from app.stores.base import Begun, Built, NewContext
 from app.stores.database import Database
+from app.stores.errors import PayloadDamaged
 from app.stores.tables import names, payloads, versions
 from app.stores.writing import begin_version, complete_version, one, point, remove
 
@@ -73,15 +73,23 @@ class SqlContextStore:
         if row is None or row.data is None:
             return None
         if hashlib.sha256(row.data).hexdigest() != row.sha256:
-            raise StoreError(
-                f"The stored arrays of {context_id} fail their checksum: delete the context and create it again."
+            raise PayloadDamaged(
+                f"The stored arrays of {context_id} are damaged: they fail their checksum. Delete the context and "
+                f"create it again."
             )
         return from_safetensors(row.data)
 
     def texts(self, context_id: str) -> Sequence[str] | None:
         with self._database.reading() as connection:
             data = connection.scalar(select(payloads.c.documents).where(payloads.c.id == context_id))
-        found: list[str] | None = None if data is None else orjson.loads(zlib.decompress(data))
+        if data is None:
+            return None
+        try:
+            found: list[str] = orjson.loads(zlib.decompress(data))
+        except (zlib.error, ValueError) as error:
+            raise PayloadDamaged(
+                f"The stored documents of {context_id} are damaged. Delete the context and create it again."
+            ) from error
         return found
 
     def list_current(

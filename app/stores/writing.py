@@ -58,7 +58,8 @@ def complete_version(
     siblings = select(versions).where(rows.in_space(space), versions.c.name == name, versions.c.status == DONE)
     there = connection.execute(siblings.where(versions.c.id == built.id)).mappings().first()
     if there is not None:
-        remove(connection, one(info))
+        if there["version"] != info.version:  # else it was completed before: by another builder, or by this one
+            remove(connection, one(info))
         point(connection, space, name, there["version"])
         return there
     fields = {

@@ -12,6 +12,7 @@ import pytest
 
 from app import errors
 from app.api.openai_errors import TABLE, response_of
+from app.stores.errors import StoreDamaged, StoreFull
 from tests.api.test_embeddings import vectors
 from tests.compare import assert_same
 from tests.conftest import BUILTIN
@@ -294,6 +295,8 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         (errors.ShuttingDown("Bye."), 503, "shutting_down", {"retry-after": "1"}),
         (errors.EngineUnavailable("Ill."), 503, "engine_unavailable", {"retry-after": "1"}),
         (errors.StoreError("/secret/path broke"), 503, "engine_unavailable", {"retry-after": "1"}),
+        (StoreFull("/secret/path broke"), 503, "engine_unavailable", {"retry-after": "10"}),
+        (StoreDamaged("/secret/path broke"), 503, "engine_unavailable", {"x-should-retry": "false"}),
         (errors.NonFiniteEmbedding("NaN."), 500, "non_finite_embedding", {"x-should-retry": "false"}),
         (errors.ServerFault("inner words"), 500, None, {"x-should-retry": "false"}),
         (errors.Unauthenticated("Key."), 401, "invalid_api_key", {"www-authenticate": "Bearer"}),

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import update
 
 from app.batches.lines import LineTooLong, checked, numbered
 from app.errors import StoreError
 from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
+from app.stores.batch_tables import batch_lines, file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
+from app.stores.errors import PayloadDamaged
 from app.stores.files import CHUNK_BYTES, SqlFileStore
 
 
@@ -252,3 +255,28 @@ def test_an_output_of_any_size(store: SqlBatchStore, files: SqlFileStore) -> Non
     info = files.get("", done.output_file_id)
     assert info is not None
     assert info.bytes == sum(sizes)
+
+
+def test_a_damaged_piece_of_a_file_is_noticed(store: SqlBatchStore, files: SqlFileStore, database: Database) -> None:
+    """Where it is read; what is in front of it, and other files, are read."""
+    info = files.add("", "name", "batch", lambda: [b"x" * (CHUNK_BYTES + 1)])
+    other = files.add("", "other", "batch", lambda: [b"y"])
+    add(store)
+    store.claim("me")
+    store.record("batch_1", "me", lines(1, 2))
+    output = store.finish("batch_1", "me").output_file_id
+    assert output is not None
+    hurt = update(file_chunks).where(file_chunks.c.file_id == info.id, file_chunks.c.number == 1)
+    database.write(lambda connection: connection.execute(hurt.values(data=b"z")))
+    changed = update(batch_lines).where(batch_lines.c.number == 2).values(data=b"answer 3\n")
+    database.write(lambda connection: connection.execute(changed))
+    pieces = files.chunks(info.id)
+    assert next(pieces) == b"x" * CHUNK_BYTES
+    with pytest.raises(PayloadDamaged, match=info.id):
+        next(pieces)
+    with pytest.raises(PayloadDamaged, match=output):
+        list(files.chunks(output))
+    assert list(files.chunks(other.id)) == [b"y"]
+    before = update(file_chunks).values(crc32=None)
+    database.write(lambda connection: connection.execute(before))
+    assert b"".join(files.chunks(info.id))[-1:] == b"z", "stored before there were checksums"

@@ -8,9 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import update
+
 from app.batches.runner import AT_ONCE, BatchRunner
 from app.errors import QueueFull
 from app.stores.batch_base import BatchInfo, BatchStatus
+from app.stores.batch_tables import file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
@@ -44,7 +47,7 @@ class Bench:
 async def running(path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]]) -> AsyncIterator[Bench]:
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
-    runner = BatchRunner(bench.store, bench.files, answer, max_lines=1000, max_line_bytes=1000)
+    runner = BatchRunner(bench.store, bench.files, database.threads, answer, max_lines=1000, max_line_bytes=10_000)
     bench.wake = runner.wake
     runner.start()
     try:
@@ -94,3 +97,26 @@ async def test_a_batch_that_waits_can_be_cancelled(tmp_path: Path) -> None:
         assert (stuck.completed, stuck.output_file_id) == (0, None)
         bench.add("next", 1, first=True)
         await bench.until("next", lambda info: info.status is BatchStatus.COMPLETED)
+
+
+async def test_a_damaged_input_ends_its_batch(tmp_path: Path) -> None:
+    """Nobody waits for what will not come; the answers that are there can be had."""
+
+    hurt = asyncio.Event()
+
+    async def answer(_body: Any, _namespace: str) -> tuple[int, bytes]:
+        await hurt.wait()
+        return 200, b"{}"
+
+    database = Database(f"sqlite:///{tmp_path / 'b.sqlite3'}")
+    async with running(tmp_path, answer) as bench:
+        bench.add("hurt", 300, input="x" * 4000)
+        await bench.until("hurt", lambda info: info.status is BatchStatus.IN_PROGRESS)
+        second = update(file_chunks).where(file_chunks.c.number == 1).values(data=b"z")
+        await asyncio.to_thread(database.write, lambda connection: connection.execute(second))
+        hurt.set()
+        failed = await bench.until("hurt", lambda info: info.status is BatchStatus.FAILED)
+        assert [problem.code for problem in failed.problems] == ["damaged_input_file"]
+        assert failed.completed > 0
+        assert failed.output_file_id is not None
+    database.close()

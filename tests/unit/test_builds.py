@@ -1,0 +1,106 @@
+"""What becomes of a version that is built while the store is away."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from app import builds
+from app.building import ContextBuilder, Outcome, Plan
+from app.builds import Builds
+from app.domain import ContextStatus, Selection
+from app.errors import StoreError
+from app.registry import ServedModel, parse_ref
+from app.stores import faults
+from app.stores.base import Begun
+from app.stores.database import Database
+from app.stores.sql import SqlContextStore
+from tests.contract.test_store import COUNTS, M, arrays_of, new_context
+
+PLAN = Plan(f"ctx_{1:032x}", ["a", "b"], [], Selection("random", 7), COUNTS, 2)
+ANY_MODEL = cast(ServedModel, None)
+
+
+class Builder:
+    """A first stage that is done when the test says so."""
+
+    def __init__(self) -> None:
+        self.done = asyncio.Event()
+
+    async def build(self, *_: Any) -> Outcome:
+        await self.done.wait()
+        return Outcome(PLAN.id, arrays_of(1), PLAN.documents, PLAN.selection, PLAN.counts)
+
+
+@asynccontextmanager
+async def building(file: Path) -> AsyncIterator[tuple[Builds, Builder, SqlContextStore]]:
+    database = Database(f"sqlite:///{file}")
+    store, builder = SqlContextStore(database), Builder()
+    made = Builds(cast(ContextBuilder, builder), store, database.threads, keep_documents=False)
+    try:
+        yield made, builder, store
+    finally:
+        await made.close()
+        store.close()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "AWAY_SECONDS", 0.0)
+    monkeypatch.setattr(builds, "TRY_SECONDS", 0.05)
+    monkeypatch.setattr(StoreError, "retry_after", 0.05)
+
+
+async def until_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    while "waits for the store" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+        await asyncio.sleep(0.01)
+
+
+async def test_it_is_stored_when_the_store_is_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "app.builds")
+    file = tmp_path / "c.sqlite3"
+    async with building(file) as (made, builder, store):
+        info, begun = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        assert begun is Begun.OURS
+        away = file.rename(tmp_path / "away")
+        builder.done.set()
+        await until_it_waits(caplog)
+        away.rename(file)
+        completed = await made.finished(info)
+        assert completed.status is ContextStatus.COMPLETED
+        assert store.get(M, parse_ref("legal")) == completed
+        assert store.arrays(completed.id) is not None
+
+
+async def test_there_is_an_end_to_waiting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it the version has failed, and may be created again."""
+    monkeypatch.setattr(builds, "KEEP_SECONDS", 0.2)
+    file = tmp_path / "c.sqlite3"
+    async with building(file) as (made, builder, store):
+        info, _ = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        away = file.rename(tmp_path / "away")
+        builder.done.set()
+        with pytest.raises(StoreError):
+            await made.finished(info)
+        away.rename(file)
+        store.fail(info, "as its lease runs out")
+        again, begun = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        assert (begun, again.version) == (Begun.OURS, 1)
+        assert (await made.finished(again)).status is ContextStatus.COMPLETED
+
+
+async def test_a_stop_does_not_wait_for_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "app.builds")
+    file = tmp_path / "c.sqlite3"
+    async with building(file) as (made, builder, _):
+        await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        file.rename(tmp_path / "away")
+        builder.done.set()
+        await until_it_waits(caplog)
+        await asyncio.wait_for(made.close(), 20)
