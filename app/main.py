@@ -15,6 +15,7 @@ from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
+from app.api.intake import Intake
 from app.lifecycle import Server
 from app.settings import Settings
 
@@ -58,5 +59,6 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
             allow_headers=["*", "Authorization"],
             expose_headers=["x-request-id", "x-context-id", "x-context-name", "x-embedding-fingerprint"],
         )
+    app.add_middleware(Intake, limits=settings.limits)
     app.add_middleware(LastNet)
     return Envelope(app)

@@ -8,6 +8,7 @@ candidates in that way, and picks among them once their vectors are known (`fart
 
 import hashlib
 import heapq
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from typing import TypeVar
@@ -24,7 +25,7 @@ REMEMBERED = 250_000
 
 
 class Minicorpus:
-    """Takes documents one by one and holds the chosen ones. `characters`: how much it holds."""
+    """Takes documents one by one and holds the chosen ones. `memory`: bytes of the texts it holds."""
 
     def __init__(
         self, selection: Selection, size: int, candidates: int = 0, *, max_characters: int | None = None
@@ -32,7 +33,7 @@ class Minicorpus:
         """`size`: documents of a context; `candidates`: how many `diverse` picks them from, at least;
         `max_characters`: no more of a document is kept, though all of it tells it apart from others."""
         self.selection = selection
-        self.characters = 0
+        self.memory = 0
         self._max_characters = max_characters
         self._size = max(size, candidates) if selection.method == "diverse" else size
         self._key = selection.seed.to_bytes(8, "little", signed=True)
@@ -60,11 +61,11 @@ class Minicorpus:
         elif rank < -self._kept[0][0]:
             _, dropped, text = heapq.heapreplace(self._kept, kept)
             self._held.discard(dropped)
-            self.characters -= len(text)
+            self.memory -= sys.getsizeof(text)
         else:
             return
         self._held.add(priority)
-        self.characters += len(kept[2])
+        self.memory += sys.getsizeof(kept[2])
 
     def documents(self) -> list[str]:
         """The chosen documents, or candidates, in the order of their priority, or of arrival (`first`)."""

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "payloads": {"domain"},
     "corpora": set(),
     "token_ids": set(),
+    "json_text": set(),
     "models": {"models", "domain", "errors", "tokenization"},
     "engine": {"engine", "domain", "errors", "telemetry", "models.base"},
     "stores": {"stores", "domain", "errors", "payloads"},
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "vector_cache": {"domain", "engine", "errors", "registry", "telemetry"},
     "service": {"contexts", "domain", "errors", "registry", "telemetry", "token_ids", "vector_cache", "vectors"},
-    "batches": {"batches", "errors", "stores.batch_base", "stores.batches", "stores.files", "telemetry"},
+    "batches": {"batches", "errors", "json_text", "stores.batch_base", "stores.batches", "stores.files", "telemetry"},
     "compatibility": {"domain", "errors", "registry", "service", "vectors"},
     "offline": {
         "building",
@@ -68,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "contexts",
         "domain",
         "errors",
+        "json_text",
         "payloads",
         "registry",
         "selection",
@@ -77,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "stores.batch_base",
         "telemetry",
     },
+    "serving": {"api.protocol", "settings"},
 }
 ANYTHING = {"main", "lifecycle", "assembly", "cli", "__init__"}
 

@@ -7,7 +7,7 @@ import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app.api.auth import CanReadContexts, CanWriteContexts
-from app.api.body import json_body, media_type, ndjson_lines, parse_json, read_body, validated
+from app.api.body import check_count, json_body, media_type, ndjson_lines, read_body, validated
 from app.api.context_schemas import (
     CompatibilityRequest,
     ContextRequest,
@@ -28,12 +28,14 @@ from app.api.dependencies import (
     SpaceOf,
     admitted,
 )
+from app.api.intake import incoming
 from app.api.openapi import arrays, takes
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
 from app.compatibility import Comparison, compare
 from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import InvalidRequest, UnsupportedMediaType
+from app.json_text import InvalidJson, parse_json
 from app.payloads import from_npy, from_safetensors, to_npy, to_safetensors
 from app.registry import Registry, ServedModel, check_name, parse_ref
 from app.selection import Minicorpus
@@ -61,6 +63,7 @@ async def create_context(
     if media_type(request) in NDJSON:
         return await _create_from_stream(request, catalog, registry, namespace, settings.limits.max_line_bytes)
     body = await json_body(ContextRequest)(request)
+    check_count("documents", body.documents, settings.limits.max_documents, "Send them as NDJSON, which has no limit.")
     served = _of_body(registry, body.model, model)
     minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
     check_name(body.name)
@@ -76,8 +79,11 @@ async def _create_from_stream(
     served = registry.get(given.model) if given.model else registry.default
     creation = Creation(check_name(given.name), given.metadata, namespace, given.wait)
     minicorpus = catalog.minicorpus(served, Selection(given.method, given.seed))
+    held = incoming(request).memory
+    held.hold(max_line_bytes)
     async for number, line in ndjson_lines(request, max_line_bytes):
         minicorpus.add(_document(number, line))
+        held.hold(max_line_bytes + minicorpus.memory)
     return await _created(catalog, served, creation, minicorpus, dry_run=given.dry_run)
 
 
@@ -105,8 +111,8 @@ def _add_all(minicorpus: Minicorpus, documents: list[str]) -> None:
 def _document(number: int, line: bytes) -> str:
     try:
         raw: Any = parse_json(line)
-    except InvalidRequest:
-        raise InvalidRequest(f"Line {number} is not valid JSON. Nothing was created.", param="body") from None
+    except InvalidJson as error:
+        raise InvalidRequest(f"Line {number} is not valid JSON: {error}. Nothing was created.", param="body") from None
     text = raw.get("text") if isinstance(raw, dict) else raw
     if not isinstance(text, str):
         raise InvalidRequest(

@@ -1,5 +1,6 @@
 """The choice of documents: bounded, seeded, uniform, and blind to order and repetition."""
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_what_is_kept_is_cut_and_told_apart_whole(docs: list[str], method: Any, 
         cut.add(document)
     assert cut.documents() == [document[:limit] for document in whole.documents()]
     assert cut.counts() == whole.counts()
-    assert cut.characters == sum(map(len, cut.documents()))
+    assert cut.memory == sum(map(sys.getsizeof, cut.documents()))
 
 
 def test_repeated_is_round_robin() -> None:
