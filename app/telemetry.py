@@ -14,6 +14,7 @@ COMPUTE_TOKENS = Counter("cde_compute_tokens_total", "Tokens as computed, contex
 QUEUE_TOKENS = Gauge("cde_queue_tokens", "Tokens as computed, waiting or running")
 BATCH_ROWS = Histogram("cde_batch_rows", "Texts in a batch", ["stage"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256))
 FORWARDS = Counter("cde_forwards_total", "Batches run", ["stage"])
+CONNECTIONS_CUT = Counter("cde_connections_cut_total", "Connections refused or cut for the limits' sake", ["reason"])
 VECTOR_CACHE = Counter("cde_vector_cache_total", "Texts by where their vector came from", ["outcome"])
 VECTOR_CACHE_BYTES = Gauge("cde_vector_cache_bytes", "Bytes the vector cache holds")
 

@@ -10,11 +10,11 @@ import uvicorn
 from rich.console import Console
 
 from app.main import create_app
+from app.serving import allow_files, server_config
 from app.settings import Settings, load_settings
 from app.telemetry import configure_logging
 
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
-KEEP_ALIVE_SECONDS = 75
 DRAIN_SECONDS = 35
 
 
@@ -67,21 +67,9 @@ def run(settings: Settings) -> None:
         failures.append(error)
         server.should_exit = True
 
+    allow_files(settings.limits)
     app = create_app(settings, on_failure=failed)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.server.host,
-            port=settings.server.port,
-            http="httptools",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
+    server = uvicorn.Server(server_config(app, settings, timeout_graceful_shutdown=DRAIN_SECONDS))
     # uvicorn drains on these signals, then raises them once more: a clean end is exit code 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
