@@ -96,7 +96,7 @@ def assemble(
         threads,
         LineAnswers(service, settings),
         max_lines=limits.max_batch_lines,
-        max_line_bytes=limits.max_body_bytes,
+        max_line_bytes=limits.max_line_bytes,
     )
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, threads, runner))
 

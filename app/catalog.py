@@ -64,7 +64,8 @@ class Catalog:
 
     def minicorpus(self, served: ServedModel, selection: Selection) -> Minicorpus:
         """Takes the documents of a context of this model."""
-        return Minicorpus(selection, served.spec.corpus_size, self._candidates)
+        spec = served.spec
+        return Minicorpus(selection, spec.corpus_size, self._candidates, max_characters=spec.max_characters)
 
     async def plan(
         self, served: ServedModel, creation: Creation, minicorpus: Minicorpus, *, allow_empty: bool = False

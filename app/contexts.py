@@ -107,7 +107,10 @@ class Contexts:
 
     async def inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> InlineContext:
         """Documents sent with a request; they go through the first stage once and are then kept by content."""
-        minicorpus = await asyncio.to_thread(select, documents, Selection(), served.spec.corpus_size)
+        spec = served.spec
+        minicorpus = await asyncio.to_thread(
+            select, documents, Selection(), spec.corpus_size, max_characters=spec.max_characters
+        )
         plan = await self._builder.plan(served, minicorpus, param="context")
 
         async def load() -> Payload:

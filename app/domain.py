@@ -16,6 +16,9 @@ Arrays = Mapping[str, FloatArray]
 
 DATASET_EMBEDDINGS = "dataset_embeddings"
 DEFAULT_CONTEXT = "default"
+CHARACTERS_PER_TOKEN = 64
+"""A text is read as far as this many characters for each token of the model's max length. A token is four or five
+characters of prose, and some tens where a table is padded with blanks."""
 SHARED = ""
 """The namespace of everything that belongs to no key's own: what the server makes, and what keys without one make."""
 
@@ -86,6 +89,11 @@ class ModelSpec:
     """Context rows are frozen: not what the model was fitted to compute, and not comparable with it."""
     fallback_documents: tuple[str, ...] | None = None
     """Documents of the default context the checkpoint ships; empty: the model works without a context; None: ours."""
+
+    @property
+    def max_characters(self) -> int:
+        """What has to be kept of a text: as far as it is read, and one that says there was more."""
+        return self.max_length * CHARACTERS_PER_TOKEN + 1
 
     def fingerprint(self, context_id: str, dimensions: int, *, normalized: bool) -> str:
         """Hash over everything that decides a vector besides its text: equal fingerprints, comparable vectors."""

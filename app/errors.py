@@ -18,14 +18,18 @@ ServiceError
 ├── InsufficientScope
 ├── FingerprintMismatch
 ├── RequestTooLarge
+├── HeadersTooLarge
+├── RequestTimeout
 ├── UnsupportedMediaType
 ├── RetryableError
 │   ├── QueueFull
+│   ├── BodiesFull
 │   └── Unavailable
 │       ├── NotReady
 │       ├── ContextNotReady
 │       ├── DeadlineExceeded
 │       ├── ShuttingDown
+│       ├── TooManyConnections
 │       └── EngineUnavailable
 └── ServerFault
     └── NonFiniteEmbedding
@@ -116,8 +120,16 @@ class RequestTooLarge(ServiceError):
     """The body is over the limit."""
 
 
+class HeadersTooLarge(ServiceError):
+    """Request line and headers together are over the limit."""
+
+
+class RequestTimeout(ServiceError):
+    """The request stopped coming, or came too slowly; the connection is closed."""
+
+
 class UnsupportedMediaType(ServiceError):
-    """The Content-Type is none that this path takes."""
+    """The Content-Type is none that this path takes, or the body is compressed."""
 
 
 class RetryableError(ServiceError):
@@ -130,6 +142,10 @@ class RetryableError(ServiceError):
 
 class QueueFull(RetryableError):
     """The queue has no room for the whole request."""
+
+
+class BodiesFull(RetryableError):
+    """The bodies of all requests together are as large as they may be."""
 
 
 class Unavailable(RetryableError):
@@ -150,6 +166,10 @@ class DeadlineExceeded(Unavailable):
 
 class ShuttingDown(Unavailable):
     """The server is shutting down."""
+
+
+class TooManyConnections(Unavailable):
+    """As many connections are open as may be."""
 
 
 class EngineUnavailable(Unavailable):

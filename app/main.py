@@ -10,12 +10,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from app.api import batches as batch_routes
+from app.api import compatibility as compatibility_routes
 from app.api import contexts as context_routes
 from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
 from app.api.farewell import Farewell
+from app.api.intake import Intake
 from app.lifecycle import Server
 from app.preflight import check
 from app.settings import Settings
@@ -53,7 +55,7 @@ def application(server: Server) -> ASGIApp:
     app.state.settings = settings
     app.state.created = int(time.time())
     app.state.keyring = Keyring(settings.server.keys_file) if settings.server.keys_file else None
-    for routes in (embedding_routes, context_routes, batch_routes, operations):
+    for routes in (embedding_routes, context_routes, compatibility_routes, batch_routes, operations):
         app.include_router(routes.router)
     app.include_router(operations.served)
     openai_errors.install(app)
@@ -66,5 +68,6 @@ def application(server: Server) -> ASGIApp:
             allow_headers=["*", "Authorization"],
             expose_headers=["x-request-id", "x-context-id", "x-context-name", "x-embedding-fingerprint"],
         )
+    app.add_middleware(Intake, limits=settings.limits)
     app.add_middleware(LastNet)
     return Envelope(Farewell(app, server))

@@ -58,7 +58,8 @@ class Offline:
 
     def context_of(self, documents: Iterable[str], selection: Selection) -> Payload:
         """A context chosen from documents, through the first stage."""
-        return asyncio.run(self._built(select(documents, selection, self.spec.corpus_size)))
+        limit = self.spec.max_characters
+        return asyncio.run(self._built(select(documents, selection, self.spec.corpus_size, max_characters=limit)))
 
     def default_context(self) -> Payload:
         """What answers a request that names none."""

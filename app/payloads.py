@@ -3,7 +3,9 @@
 import hashlib
 import io
 import math
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from safetensors.torch import load
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, Selection, TokenizedText
 
+MAX_HEADER_BYTES = 2**16
+"""Of a safetensors file; a context holds a handful of arrays, and a header may name millions of empty ones."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -22,6 +26,8 @@ def to_safetensors(arrays: Arrays) -> bytes:
 
 def from_safetensors(data: bytes) -> Arrays:
     """Float arrays of any width, as float32. Raises ValueError."""
+    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise ValueError(f"not a safetensors file of a context: its header is over {MAX_HEADER_BYTES} bytes")
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -43,18 +49,29 @@ def to_npy(arrays: Arrays) -> bytes:
 
 def from_npy(data: bytes) -> Arrays:
     """One array, taken as the dataset embeddings. Raises ValueError."""
+    shape, dtype = _npy_header(data)
+    if dtype.kind != "f":
+        raise ValueError("the .npy file does not hold one array of floats")
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError("not a .npy file: it is shorter than its header says")
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:
+        raise ValueError(f"not a .npy file: {error}") from error
+    return {DATASET_EMBEDDINGS: array.astype(np.float32)}
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+    """Shape and type. Raises ValueError."""
     try:
         version = np.lib.format.read_magic(io.BytesIO(data))
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(io.BytesIO(data[8:]))
-        if math.prod(shape) * dtype.itemsize > len(data):
-            raise ValueError("it is shorter than its header says")
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
-        raise ValueError(f"not a .npy file: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ValueError("the .npy file does not hold one array of floats")
-    return {DATASET_EMBEDDINGS: array.astype(np.float32)}
+    except Exception as error:  # a header is a Python literal: what its parser raises has no end
+        raise ValueError("not a .npy file: its header cannot be read") from error
+    if any(type(size) is not int or not 0 <= size <= sys.maxsize for size in shape):
+        raise ValueError("not a .npy file: its header names a shape that no array has")
+    return shape, dtype
 
 
 def id_of_documents(spec: ModelSpec, prompt: str, documents: Iterable[TokenizedText]) -> str:

@@ -8,6 +8,7 @@ candidates in that way, and picks among them once their vectors are known (`fart
 
 import hashlib
 import heapq
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from typing import TypeVar
@@ -24,14 +25,19 @@ REMEMBERED = 250_000
 
 
 class Minicorpus:
-    """Takes documents one by one and holds the chosen ones."""
+    """Takes documents one by one and holds the chosen ones. `memory`: bytes of the texts it holds."""
 
-    def __init__(self, selection: Selection, size: int, candidates: int = 0) -> None:
-        """`size`: documents of a context; `candidates`: how many `diverse` picks them from, at least."""
+    def __init__(
+        self, selection: Selection, size: int, candidates: int = 0, *, max_characters: int | None = None
+    ) -> None:
+        """`size`: documents of a context; `candidates`: how many `diverse` picks them from, at least;
+        `max_characters`: no more of a document is kept, though all of it tells it apart from others."""
         self.selection = selection
+        self.memory = 0
+        self._max_characters = max_characters
         self._size = max(size, candidates) if selection.method == "diverse" else size
         self._key = selection.seed.to_bytes(8, "little", signed=True)
-        self._kept: list[tuple[int, str]] = []  # random: a heap of (-priority, text); first: (-arrival, text)
+        self._kept: list[tuple[int, int, str]] = []  # a heap: -priority or, for first, -arrival; priority; text
         self._held: set[int] = set()
         self._seen: set[int] = set()
         self._received = 0
@@ -49,17 +55,21 @@ class Minicorpus:
         if len(self._seen) < REMEMBERED:
             self._seen.add(priority)
         rank = self._received if self.selection.method == "first" else priority
+        kept = (-rank, priority, document[: self._max_characters])
         if len(self._kept) < self._size:
-            heapq.heappush(self._kept, (-rank, document))
-            self._held.add(priority)
+            heapq.heappush(self._kept, kept)
         elif rank < -self._kept[0][0]:
-            _, dropped = heapq.heapreplace(self._kept, (-rank, document))
-            self._held.discard(self._priority(dropped))
-            self._held.add(priority)
+            _, dropped, text = heapq.heapreplace(self._kept, kept)
+            self._held.discard(dropped)
+            self.memory -= sys.getsizeof(text)
+        else:
+            return
+        self._held.add(priority)
+        self.memory += sys.getsizeof(kept[2])
 
     def documents(self) -> list[str]:
         """The chosen documents, or candidates, in the order of their priority, or of arrival (`first`)."""
-        return [text for _, text in sorted(self._kept, key=lambda kept: -kept[0])]
+        return [text for _, _, text in sorted(self._kept, key=lambda kept: -kept[0])]
 
     def counts(self) -> DocumentCounts:
         return DocumentCounts(received=self._received, chosen=len(self._kept), duplicates=self._duplicates)
@@ -69,8 +79,10 @@ class Minicorpus:
         return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=self._key).digest(), "big")
 
 
-def select(documents: Iterable[str], selection: Selection, size: int, candidates: int = 0) -> Minicorpus:
-    minicorpus = Minicorpus(selection, size, candidates)
+def select(
+    documents: Iterable[str], selection: Selection, size: int, *, max_characters: int | None = None
+) -> Minicorpus:
+    minicorpus = Minicorpus(selection, size, max_characters=max_characters)
     for document in documents:
         minicorpus.add(document)
     return minicorpus

@@ -87,10 +87,23 @@ class EngineSettings(_Group):
 class LimitSettings(_Group):
     max_inputs: Positive = Field(2048, description="Inputs in one request")
     max_tokens_per_request: Positive = Field(300_000, description="Tokens of all inputs of one request together")
+    max_documents: Positive = Field(100_000, description="Documents in one JSON request; NDJSON takes any number")
     max_body_bytes: Positive = Field(64 * 2**20, description="Body of a JSON request or an import")
-    max_line_bytes: Positive = Field(8 * 2**20, description="One line of an NDJSON upload; the whole is unbounded")
+    max_body_bytes_in_flight: Positive = Field(
+        256 * 2**20, description="Bodies of all requests that are being served; beyond it requests get 429"
+    )
+    max_line_bytes: Positive = Field(
+        8 * 2**20, description="One line of an NDJSON upload, which is unbounded as a whole, or of a batch"
+    )
     max_file_bytes: Positive = Field(200 * 2**20, description="One file of batch lines")
     max_batch_lines: Positive = Field(50_000, description="Lines of one batch")
+    max_header_bytes: Positive = Field(64 * 2**10, description="Request line and headers together")
+    max_connections: Positive = Field(4096, description="Open connections; beyond it new ones get 503, probes do not")
+    header_seconds: Positive = Field(20, description="From the first byte of a request to the end of its headers")
+    stall_seconds: Positive = Field(
+        30, description="How long a body or an answer may stand still before its connection is cut"
+    )
+    min_bytes_per_second: Positive = Field(100, description="Less than that, on average, is standing still")
     queue_tokens: Positive = Field(4_500_000, description="Tokens waiting, as computed; beyond it requests get 429")
     queue_seconds: float = Field(
         300.0, ge=0, description="A request that would wait longer for its turn gets 429; 0: any"
@@ -158,6 +171,12 @@ class Settings(_Group):
             )
         if server.keys_file and not server.keys_file.is_file():
             raise ValueError(f"server.keys_file {server.keys_file} does not exist")
+        limits = self.limits
+        if limits.max_body_bytes_in_flight < max(limits.max_body_bytes, limits.max_line_bytes):
+            raise ValueError(
+                "limits.max_body_bytes_in_flight is less than one body may have: raise it, or lower "
+                "limits.max_body_bytes and limits.max_line_bytes"
+            )
         return self
 
 

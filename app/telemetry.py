@@ -11,6 +11,7 @@ REQUESTS = Counter("cde_requests_total", "Answers by route and status", ["route"
 REQUEST_SECONDS = Histogram("cde_request_seconds", "Time from the first byte to the last", ["route"])
 TOKENS = Counter("cde_tokens_total", "Tokens of texts, prompt and special ones in", ["model"])
 COMPUTE_TOKENS = Counter("cde_compute_tokens_total", "Tokens as computed, context rows counted", ["model"])
+CONNECTIONS_CUT = Counter("cde_connections_cut_total", "Connections refused or cut for the limits' sake", ["reason"])
 VECTOR_CACHE = Counter("cde_vector_cache_total", "Texts by where their vector came from", ["outcome"])
 VECTOR_CACHE_BYTES = Gauge("cde_vector_cache_bytes", "Bytes the vector cache holds")
 

@@ -5,14 +5,17 @@ switched off once and ids are cut here. `encode_batch` releases the GIL.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from app.domain import InputType, TokenizedText
+from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
 from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+
+PIECE_CHARACTERS = 2**17
+"""Texts go through the tokenizer this much at a time: it takes up to 600 bytes of memory for a character."""
 
 
 class TextTokenizer:
@@ -56,12 +59,19 @@ class TextTokenizer:
 
         Raises ContextLengthExceeded for a text over the max length, unless `truncate`.
         """
-        kinds, id_lists = self._encoded(texts, input_type, default)
-        return [self._fit(ids, kind, truncate, i) for i, (ids, kind) in enumerate(zip(id_lists, kinds, strict=True))]
+        limit = self._max_length * CHARACTERS_PER_TOKEN
+        too_long = next((i for i, text in enumerate(texts) if len(text) > limit), None)
+        if too_long is not None and not truncate:
+            raise self._exceeded(f"sent {len(texts[too_long])} characters", f"in input[{too_long}]")
+        read = [text[:limit] for text in texts]
+        return [
+            self._fit(ids, kind, truncate, i, more=len(texts[i]) > limit)
+            for i, (kind, ids) in enumerate(self._encoded(read, input_type, default))
+        ]
 
     def uncut(self, texts: Sequence[str], input_type: InputType | None, default: InputType) -> list[list[int]]:
         """The ids `texts` would give if there were no max length."""
-        return self._encoded(texts, input_type, default)[1]
+        return [ids for _, ids in self._encoded(texts, input_type, default)]
 
     def ids(
         self, inputs: Sequence[Sequence[int]], input_type: InputType | None, default: InputType, *, truncate: bool
@@ -87,11 +97,13 @@ class TextTokenizer:
 
     def _encoded(
         self, texts: Sequence[str], input_type: InputType | None, default: InputType
-    ) -> tuple[list[InputType], list[list[int]]]:
-        clean = [_without_lone_surrogates(text) for text in texts]
-        kinds = [input_type or self._type_in(text) or default for text in clean]
-        prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
-        return kinds, [encoding.ids for encoding in self._tokenizer.encode_batch(prompted)]
+    ) -> Iterator[tuple[InputType, list[int]]]:
+        for piece in _pieces(texts):
+            clean = [_without_lone_surrogates(text) for text in piece]
+            kinds = [input_type or self._type_in(text) or default for text in clean]
+            prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
+            for kind, encoding in zip(kinds, self._tokenizer.encode_batch(prompted), strict=True):
+                yield kind, encoding.ids
 
     def _type_in(self, text: str) -> InputType | None:
         return next((kind for kind, prompt in self._prompts.items() if text.startswith(prompt)), None)
@@ -100,17 +112,35 @@ class TextTokenizer:
         prompt = self._prompts.get(kind, "")
         return text if text.startswith(prompt) else prompt + text
 
-    def _fit(self, ids: Sequence[int], kind: InputType, truncate: bool, index: int) -> TokenizedText:
+    def _fit(
+        self, ids: Sequence[int], kind: InputType, truncate: bool, index: int, *, more: bool = False
+    ) -> TokenizedText:
+        """`more`: the text was longer than what was read of it."""
         if len(ids) <= self._max_length:
-            return TokenizedText(tuple(ids), kind)
+            return TokenizedText(tuple(ids), kind, truncated=more)
         if not truncate:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self._max_length} tokens, however you requested {len(ids)} "
-                f"tokens (in input[{index}]; prompt and special tokens counted). Please reduce your input, or send "
-                f"truncate = end to have it cut.",
-                param="input",
-            )
+            where = f"in input[{index}]; prompt and special tokens counted"
+            raise self._exceeded(f"requested {len(ids)} tokens", where)
         return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)
+
+    def _exceeded(self, what: str, where: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self._max_length} tokens, however you {what} ({where}). Please "
+            f"reduce your input, or send truncate = end to have it cut.",
+            param="input",
+        )
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Runs of texts of PIECE_CHARACTERS together, or single ones that are longer."""
+    start, size = 0, 0
+    for end, text in enumerate(texts):
+        if size and size + len(text) > PIECE_CHARACTERS:
+            yield texts[start:end]
+            start, size = end, 0
+        size += len(text)
+    if start < len(texts):
+        yield texts[start:]
 
 
 def _without_lone_surrogates(text: str) -> str:

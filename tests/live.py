@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from app.main import create_app
+from app.serving import server_config
 from app.settings import Settings
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -27,10 +28,10 @@ def golden(name: str) -> str:
 def live_server(data_dir: Path, models: Sequence[str | dict[str, Any]] = (V1,), **settings: Any) -> Iterator[str]:
     """Serves until the block ends; gives the base URL. `models`: golden folders, other names, or their settings."""
     named = [m if isinstance(m, dict) else {"name": golden(m)} for m in models]
+    settings["server"] = {"port": 0, **settings.get("server", {})}
     tree = Settings.model_validate({"models": named, "data_dir": data_dir, **settings})
     failures: list[Exception] = []
-    config = uvicorn.Config(create_app(tree, on_failure=failures.append), port=0, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(create_app(tree, on_failure=failures.append), tree))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "payloads": {"domain"},
     "corpora": set(),
     "token_ids": set(),
+    "json_text": set(),
     "models": {"models", "domain", "errors", "tokenization"},
     "engine": {"engine", "domain", "errors", "telemetry", "models.base"},
     "stores": {"stores", "domain", "errors", "payloads", "telemetry"},
@@ -68,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "batches": {
         "batches",
         "errors",
+        "json_text",
         "stores.batch_base",
         "stores.batches",
         "stores.errors",
@@ -104,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "domain",
         "embed_request",
         "errors",
+        "json_text",
         "payloads",
         "registry",
         "selection",
@@ -113,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "stores.batch_base",
         "telemetry",
     },
+    "serving": {"api.protocol", "settings"},
 }
 ANYTHING = {"main", "lifecycle", "preflight", "assembly", "cli", "__init__"}
 

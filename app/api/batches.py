@@ -14,6 +14,7 @@ from app.api.batch_schemas import BatchRequest, batch_body, file_body
 from app.api.body import json_body, media_type, validated
 from app.api.dependencies import BatchesOf, Namespace, SettingsOf, admitted
 from app.api.embeddings import request_of
+from app.api.intake import incoming
 from app.api.openai_errors import response_of
 from app.api.openapi import form, takes
 from app.api.schemas import EmbeddingsRequest, ORJSONResponse, embeddings_body, list_body
@@ -93,12 +94,12 @@ async def upload_file(
 
 
 def _bounded(request: Request, limit: int) -> Request:
-    """The request, whose body breaks off with RequestTooLarge."""
+    """The request, whose body breaks off with RequestTooLarge, BodiesFull."""
     too_large = RequestTooLarge(f"The file is larger than the {limit} bytes this server takes. Split it.")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit + FORM_OVERHEAD:
+    if announced.isdecimal() and int(announced) > limit + FORM_OVERHEAD:
         raise too_large
-    size = 0
+    spooled, size = incoming(request).files, 0
 
     async def receive() -> Message:
         nonlocal size
@@ -106,6 +107,7 @@ def _bounded(request: Request, limit: int) -> Request:
         size += len(message.get("body", b""))
         if size > limit + FORM_OVERHEAD:
             raise too_large
+        spooled.hold(min(size, limit))
         return message
 
     return Request(request.scope, receive)

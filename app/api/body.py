@@ -1,34 +1,40 @@
 """Request bodies: bounded reads, JSON as clients really send it, and pydantic's complaints in OpenAI's words."""
 
+import asyncio
 import difflib
-import json
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sized
+from functools import partial
 from typing import Any, TypeVar
 
-import orjson
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from app.api.intake import incoming
 from app.api.schemas import WireModel
 from app.errors import InvalidRequest, RequestTooLarge, UnknownParameter, UnsupportedMediaType
+from app.json_text import InvalidJson, TooManyValues, parse_json
 
 Model = TypeVar("Model", bound=WireModel)
 MAX_SHOWN = 64
+SMALL = 2**20
+"""Bodies up to this many bytes are read on the event loop; larger ones in a thread."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Raises RequestTooLarge as soon as more than `limit` bytes are announced or sent."""
+    """Raises RequestTooLarge as soon as more than `limit` bytes are announced or sent; BodiesFull, RequestTimeout."""
     too_large = RequestTooLarge(f"The body is larger than the {limit} bytes this server takes. Send less at a time.")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
+    if announced.isdecimal() and int(announced) > limit:
         raise too_large
+    held = incoming(request).memory
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
             raise too_large
+        held.hold(size)
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -45,27 +51,21 @@ def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Mod
         if kind not in ("", "application/json") and not (kind.startswith("application/") and kind.endswith("+json")):
             raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; application/json is expected.")
         settings = request.app.state.settings
-        raw = parse_json(await read_body(request, settings.limits.max_body_bytes))
-        return validated(model, raw, ignore_unknown=settings.server.unknown_parameters == "ignore")
+        data = await read_body(request, settings.limits.max_body_bytes)
+        read = partial(_read, model, data, ignore_unknown=settings.server.unknown_parameters == "ignore")
+        return read() if len(data) <= SMALL else await asyncio.to_thread(read)
 
     return parse
 
 
-def parse_json(data: bytes) -> Any:
-    """orjson, and for the lone surrogates that JavaScript sends Python's own. Raises InvalidRequest."""
+def _read(model: type[Model], data: bytes, *, ignore_unknown: bool) -> Model:
     try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        try:
-            return json.loads(data, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            raise InvalidRequest(
-                f"The body is not valid JSON (line {error.lineno}, column {error.colno}). Send one JSON object."
-            ) from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+        raw = parse_json(data)
+    except TooManyValues as error:
+        raise RequestTooLarge(f"The body is too large: {error}. Send less at a time.") from None
+    except InvalidJson as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}. Send one JSON object.") from None
+    return validated(model, raw, ignore_unknown=ignore_unknown)
 
 
 def validated(model: type[Model], raw: Any, *, ignore_unknown: bool = False) -> Model:
@@ -88,9 +88,10 @@ def validated(model: type[Model], raw: Any, *, ignore_unknown: bool = False) -> 
 
 
 def _unknown(key: str, fields: Collection[str]) -> UnknownParameter:
+    key = key[:100]
     near = difflib.get_close_matches(key, fields, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(fields)}."
-    return UnknownParameter(f"Unknown parameter: '{key[:100]}'.{hint}", param=key[:100])
+    return UnknownParameter(f"Unknown parameter: '{key}'.{hint}", param=key)
 
 
 def _complaint(error: ErrorDetails) -> InvalidRequest:
@@ -103,19 +104,29 @@ def _complaint(error: ErrorDetails) -> InvalidRequest:
     return InvalidRequest(f"Invalid '{param}': {error['msg'][:1].lower()}{error['msg'][1:]}.", param=param)
 
 
+def check_count(param: str, items: Sized, limit: int, advice: str) -> None:
+    """Raises InvalidRequest for more than `limit` items."""
+    if len(items) > limit:
+        raise InvalidRequest(
+            f"Invalid '{param}': {len(items)} items, at most {limit} fit in one request. {advice}", param=param
+        )
+
+
 async def ndjson_lines(request: Request, limit: int) -> AsyncIterator[tuple[int, bytes]]:
     """Numbered lines of a stream of any length, blank ones left out; one line at a time is held.
 
     Raises InvalidRequest for a line over `limit` bytes.
     """
-    rest, number = b"", 0
+    rest, number = bytearray(), 0
     async for chunk in request.stream():
-        *lines, rest = (rest + chunk).split(b"\n")
+        head, *lines = chunk.split(b"\n")
+        rest += head
         for line in lines:
             number += 1
-            if line.strip():
-                yield number, line
+            if rest.strip():
+                yield number, bytes(rest)
+            rest = bytearray(line)
         if len(rest) > limit:
             raise InvalidRequest(f"Line {number + 1} is longer than the {limit} bytes this server takes.", param="body")
     if rest.strip():
-        yield number + 1, rest
+        yield number + 1, bytes(rest)

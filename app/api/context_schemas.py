@@ -7,16 +7,25 @@ import orjson
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from app.api.schemas import InputTypeName, WireModel
+from app.api.schemas import InputTypeName, Texts, WireModel
 from app.compatibility import Compatibility
 from app.domain import ContextInfo, Selection
 from app.stores.base import NewContext
 
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 
+
+def _few(value: Any) -> Any:
+    """Before each pair is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise PydanticCustomError("pairs", "at most {most} pairs are kept", {"most": MAX_METADATA})
+    return value
+
+
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]],
     Field(max_length=MAX_METADATA),
+    BeforeValidator(_few),
 ]
 
 
@@ -39,7 +48,7 @@ class SelectionRequest(WireModel):
 
 class ContextRequest(WireModel):
     name: str
-    documents: list[str] = Field(min_length=1)
+    documents: Texts = Field(min_length=1)
     model: str | None = None
     selection: SelectionRequest = SelectionRequest()
     metadata: Metadata = Field(default_factory=dict)
@@ -60,7 +69,7 @@ class StreamParameters(WireModel):
 
 class CompatibilityRequest(WireModel):
     with_: str = Field(alias="with", description="The other context: name, name.version or id")
-    texts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048)
+    texts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=2048, fail_fast=True)
     input_type: InputTypeName | None = None
     top_k: int = Field(10, ge=1, le=100)
     model: str | None = None

@@ -7,20 +7,16 @@ import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app.api.auth import CanReadContexts, CanWriteContexts
-from app.api.body import json_body, media_type, ndjson_lines, parse_json, read_body, validated
+from app.api.body import check_count, json_body, media_type, ndjson_lines, read_body, validated
 from app.api.context_schemas import (
-    CompatibilityRequest,
     ContextRequest,
     RollbackRequest,
     StreamParameters,
-    compatibility_body,
     context_body,
     dry_run_body,
 )
 from app.api.dependencies import (
-    CallerOf,
     CatalogOf,
-    Embedder,
     ModelOf,
     ModelQuery,
     Namespace,
@@ -28,14 +24,15 @@ from app.api.dependencies import (
     SettingsOf,
     SpaceOf,
     admitted,
+    model_named,
 )
+from app.api.intake import incoming
 from app.api.openapi import arrays, takes
-from app.api.presence import while_connected
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
-from app.compatibility import Comparison, compare
 from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import InvalidRequest, UnsupportedMediaType
+from app.json_text import InvalidJson, parse_json
 from app.payloads import from_npy, from_safetensors, to_npy, to_safetensors
 from app.registry import Registry, ServedModel, check_name, parse_ref
 from app.selection import Minicorpus
@@ -63,7 +60,8 @@ async def create_context(
     if media_type(request) in NDJSON:
         return await _create_from_stream(request, catalog, registry, namespace, settings.limits.max_line_bytes)
     body = await json_body(ContextRequest)(request)
-    served = _of_body(registry, body.model, model)
+    check_count("documents", body.documents, settings.limits.max_documents, "Send them as NDJSON, which has no limit.")
+    served = model_named(registry, body.model, model)
     minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
     check_name(body.name)
     await asyncio.to_thread(_add_all, minicorpus, body.documents)
@@ -78,8 +76,11 @@ async def _create_from_stream(
     served = registry.get(given.model) if given.model else registry.default
     creation = Creation(check_name(given.name), given.metadata, namespace, given.wait)
     minicorpus = catalog.minicorpus(served, Selection(given.method, given.seed))
+    held = incoming(request).memory
+    held.hold(max_line_bytes)
     async for number, line in ndjson_lines(request, max_line_bytes):
         minicorpus.add(_document(number, line))
+        held.hold(max_line_bytes + minicorpus.memory)
     return await _created(catalog, served, creation, minicorpus, dry_run=given.dry_run)
 
 
@@ -107,8 +108,8 @@ def _add_all(minicorpus: Minicorpus, documents: list[str]) -> None:
 def _document(number: int, line: bytes) -> str:
     try:
         raw: Any = parse_json(line)
-    except InvalidRequest:
-        raise InvalidRequest(f"Line {number} is not valid JSON. Nothing was created.", param="body") from None
+    except InvalidJson as error:
+        raise InvalidRequest(f"Line {number} is not valid JSON: {error}. Nothing was created.", param="body") from None
     text = raw.get("text") if isinstance(raw, dict) else raw
     if not isinstance(text, str):
         raise InvalidRequest(
@@ -210,27 +211,8 @@ async def rollback_context(
     model: ModelQuery = None,
 ) -> Response:
     """Points a name at one of its versions."""
-    served = _of_body(registry, body.model, model)
+    served = model_named(registry, body.model, model)
     return ORJSONResponse(context_body(await catalog.rollback(Space(served.id, namespace), name, body.version)))
-
-
-@router.post("/v1/contexts/{ref}/compatibility", openapi_extra=takes(CompatibilityRequest))
-async def compare_contexts(
-    request: Request,
-    _key: CanReadContexts,
-    embedder: Embedder,
-    *,
-    registry: RegistryOf,
-    namespace: Namespace,
-    caller: CallerOf,
-    ref: str,
-    body: Annotated[CompatibilityRequest, Depends(json_body(CompatibilityRequest))],
-    model: ModelQuery = None,
-) -> Response:
-    """How far two contexts part on the given texts: cosine of the two vectors, and overlap of nearest neighbours."""
-    served = _of_body(registry, body.model, model)
-    comparison = Comparison(served, ref, body.with_, body.texts, body.input_type, body.top_k, namespace, caller)
-    return ORJSONResponse(compatibility_body(await while_connected(request, compare(embedder, comparison))))
 
 
 @router.delete("/v1/contexts/{ref}")
@@ -238,11 +220,3 @@ async def delete_context(_key: CanWriteContexts, catalog: CatalogOf, space: Spac
     """By name: the name and all its versions; by id or name.version: that one."""
     await catalog.delete(space, parse_ref(ref, param="ref"))
     return ORJSONResponse({"id": ref, "object": "context.deleted", "deleted": True})
-
-
-def _of_body(registry: Registry, named: str | None, query: str | None) -> ServedModel:
-    """The model of a body or of `?model=`; both may name it, if they agree."""
-    if named is not None and query is not None and registry.get(named) is not registry.get(query):
-        raise InvalidRequest("'model' in the body and in the query string name different models.", param="model")
-    name = named or query
-    return registry.get(name) if name else registry.default

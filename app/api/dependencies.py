@@ -9,6 +9,7 @@ from app.batches.service import Batches
 from app.catalog import Catalog
 from app.contexts import Contexts
 from app.domain import SHARED, Caller, Space
+from app.errors import InvalidRequest
 from app.registry import Registry, ServedModel
 from app.service import EmbeddingService
 from app.settings import Settings
@@ -115,3 +116,11 @@ def _space(served: ModelOf, namespace: Namespace) -> Space:
 
 SpaceOf = Annotated[Space, Depends(_space)]
 """Behind the route's key, as `Namespace`."""
+
+
+def model_named(registry: Registry, named: str | None, query: str | None) -> ServedModel:
+    """The model of a body or of `?model=`; both may name it, if they agree."""
+    if named is not None and query is not None and registry.get(named) is not registry.get(query):
+        raise InvalidRequest("'model' in the body and in the query string name different models.", param="model")
+    name = named or query
+    return registry.get(name) if name else registry.default

@@ -1,26 +1,26 @@
 """POST /v1/embeddings: parse -> embed -> render."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from app.api.auth import CanEmbed
-from app.api.body import json_body
+from app.api.body import check_count, json_body
 from app.api.dependencies import CallerOf, Embedder, Namespace, SettingsOf, admitted
 from app.api.openapi import takes
 from app.api.presence import while_connected
 from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, split_input
 from app.domain import Caller, Embeddings
 from app.embed_request import EmbedRequest
-from app.errors import InvalidRequest
 from app.settings import LimitSettings
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
 
 SMALL = 32
 """Answers up to this many vectors are rendered on the event loop; larger ones in a thread."""
+
+MANY_DOCUMENTS = "POST /v1/contexts takes any number as NDJSON."
 
 FALLBACK_WARNING = (
     '299 cde-server "No context was named, so the default one answered. A context made from your own documents '
@@ -73,16 +73,19 @@ def request_of(
     x_input_type: str | None = None,
     expect_fingerprint: str | None = None,
 ) -> EmbedRequest:
-    """The use case's request. Raises InvalidRequest for too many inputs."""
+    """The use case's request. Raises InvalidRequest for too many inputs or documents."""
     texts, token_ids = split_input(body.input)
-    _check_count(texts if texts is not None else token_ids or [], limits.max_inputs)
+    inputs = texts if texts is not None else token_ids or []
+    check_count("input", inputs, limits.max_inputs, "Send fewer texts at a time.")
+    documents = body.context.documents if isinstance(body.context, InlineContext) else None
+    check_count("context.documents", documents or (), limits.max_documents, MANY_DOCUMENTS)
     named = {"context": body.context if isinstance(body.context, str) else None, "X-Context": x_context}
     types = {"input_type": body.input_type, "X-Input-Type": x_input_type}
     return EmbedRequest(
         model=body.model,
         texts=texts,
         token_ids=token_ids,
-        inline_documents=body.context.documents if isinstance(body.context, InlineContext) else None,
+        inline_documents=documents,
         contexts={source: value for source, value in named.items() if value is not None},
         input_types={source: value for source, value in types.items() if value is not None},
         truncate=body.truncate,
@@ -92,14 +95,6 @@ def request_of(
         namespace=namespace,
         caller=caller,
     )
-
-
-def _check_count(inputs: Sequence[object], limit: int) -> None:
-    if len(inputs) > limit:
-        raise InvalidRequest(
-            f"Invalid 'input': {len(inputs)} items, at most {limit} fit in one request. Send fewer texts at a time.",
-            param="input",
-        )
 
 
 def _headers(embeddings: Embeddings) -> dict[str, str]:

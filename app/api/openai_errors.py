@@ -34,9 +34,12 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.ModelNotFound: (404, INVALID, "model_not_found"),
     errors.ContextNotFound: (404, INVALID, "context_not_found"),
     errors.FingerprintMismatch: (412, INVALID, "fingerprint_mismatch"),
+    errors.RequestTimeout: (408, INVALID, "request_timeout"),
     errors.RequestTooLarge: (413, INVALID, "request_too_large"),
     errors.UnsupportedMediaType: (415, INVALID, "unsupported_media_type"),
     errors.QueueFull: (429, LIMIT, "rate_limit_exceeded"),
+    errors.BodiesFull: (429, LIMIT, "rate_limit_exceeded"),
+    errors.HeadersTooLarge: (431, INVALID, "headers_too_large"),
     errors.ServerFault: (500, SERVER, None),
     errors.NonFiniteEmbedding: (500, SERVER, "non_finite_embedding"),
     errors.StoreError: (503, SERVER, "engine_unavailable"),
@@ -45,6 +48,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.ContextNotReady: (503, SERVER, "context_not_ready"),
     errors.DeadlineExceeded: (503, SERVER, "deadline_exceeded"),
     errors.ShuttingDown: (503, SERVER, "shutting_down"),
+    errors.TooManyConnections: (503, SERVER, "too_many_connections"),
     errors.EngineUnavailable: (503, SERVER, "engine_unavailable"),
 }
 
@@ -97,6 +101,8 @@ def response_of(error: Exception) -> Response:
         log.error("%s", type(error).__name__, exc_info=error.__cause__ or error)
         message = INTERNAL if code is None else message
         headers["x-should-retry"] = "false"
+    if isinstance(error, errors.RequestTimeout):
+        headers["Connection"] = "close"
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return error_response(status, kind, code, message, param=getattr(error, "param", None), headers=headers)
@@ -110,7 +116,7 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
-        where = f"{request.method} {request.url.path}"
+        where = f"{request.method} {request.scope['path'][:200]}"  # request.url may not be one
         if error.status_code == 404:
             message = f"Unknown request URL: {where}. See /docs for what is served here."
             return error_response(404, INVALID, FRAMEWORK[404][0], message)

@@ -75,9 +75,11 @@ ERRORS = {
     "401": "The key is missing or wrong",
     "403": "The key lacks the scope",
     "404": "Nothing is there",
+    "408": "The request came too slowly",
     "413": "The body is over the limit",
     "415": "Another Content-Type is expected",
-    "429": "The queue is full; `Retry-After` says when to try again",
+    "429": "No room at the moment; `Retry-After` says when to try again",
+    "431": "The headers are over the limit",
     "500": "Our fault",
     "503": "Not now; `Retry-After` says when to try again",
 }

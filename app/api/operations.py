@@ -14,7 +14,7 @@ from app.api.dependencies import CatalogOf, ContextsOf, Namespace, RegistryOf, S
 from app.api.openapi import takes
 from app.api.schemas import ORJSONResponse, TokenizeRequest, model_body
 from app.domain import ContextInfo, InputType, ModelSpec
-from app.errors import ContextModelMismatch, ContextNotFound, InvalidRequest, UnknownContextNamed
+from app.errors import ContextModelMismatch, ContextNotFound, InvalidRequest, TooManyTokens, UnknownContextNamed
 from app.registry import parse_ref
 
 router = APIRouter(tags=["operations"])
@@ -129,6 +129,9 @@ async def tokenize(
     texts = [body.input] if isinstance(body.input, str) else body.input
     if len(texts) > settings.limits.max_inputs:
         raise InvalidRequest(f"Invalid 'input': at most {settings.limits.max_inputs} items.", param="input")
+    characters, most = sum(map(len, texts)), settings.limits.max_tokens_per_request
+    if characters > most:
+        raise TooManyTokens(f"Invalid 'input': {characters} characters, at most {most} are shown.", param="input")
     kind = InputType(body.input_type) if body.input_type else None
 
     def render() -> bytes:

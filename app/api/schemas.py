@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from app.domain import Embeddings, FloatArray, ModelSpec
 
+MAX_FIELDS = 64
+"""More than any object has; behind them nothing is complained of one by one."""
 SAFETENSORS, NPY = "application/vnd.safetensors", "application/x-npy"
 
 
@@ -65,6 +67,8 @@ Input = Annotated[
         }
     ),
 ]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""One complaint is enough: a million of them would take up a gigabyte."""
 InputTypeName = Literal["query", "document", "none"]
 
 
@@ -74,11 +78,16 @@ class WireModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, raw: Any) -> Any:
-        return {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+        if not isinstance(raw, dict):
+            return raw
+        given = {k: v for k, v in raw.items() if v is not None}
+        if len(given) > MAX_FIELDS:
+            raise PydanticCustomError("fields", "at most {most} fields are read", {"most": MAX_FIELDS})
+        return given
 
 
 class InlineContext(WireModel):
-    documents: list[str] = Field(min_length=1, description="Documents for this request alone; cached by content")
+    documents: Texts = Field(min_length=1, description="Documents for this request alone; cached by content")
 
 
 class EmbeddingsRequest(WireModel):
@@ -94,7 +103,7 @@ class EmbeddingsRequest(WireModel):
 
 
 class TokenizeRequest(WireModel):
-    input: str | list[str]
+    input: str | Texts
     model: str | None = None
     input_type: InputTypeName | None = None
 

@@ -1,29 +1,27 @@
 """A batch's input, line by line, in OpenAI's format."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
+from app.json_text import BOM, InvalidJson, parse_json
 from app.stores.batch_base import Problem
 
 ENDPOINT = "/v1/embeddings"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-BOM = b"\xef\xbb\xbf"
 MAX_PROBLEMS = 100
 """Of a bad input, as many are told."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request. `number` counts the file's lines from 1."""
+    """One request. `number` counts the file's lines from 1; `size`: its bytes."""
 
     number: int
     custom_id: str
     body: dict[str, Any]
+    size: int
 
     @property
     def inputs(self) -> int:
@@ -64,8 +62,8 @@ def _line(number: int, parts: Sequence[bytes]) -> bytes:
 
 def parsed(number: int, raw: bytes) -> Line | Problem:
     try:
-        given = _json(raw)
-    except (ValueError, RecursionError):
+        given = parse_json(raw)
+    except InvalidJson:
         return Problem("invalid_json_line", "This line is not parseable as valid JSON.", number)
     if not isinstance(given, dict):
         return Problem("invalid_json_line", "This line is not a JSON object.", number)
@@ -79,15 +77,7 @@ def parsed(number: int, raw: bytes) -> Line | Problem:
     if given["url"] != ENDPOINT:
         message = f"The url of every line is the batch's endpoint, {ENDPOINT}."
         return Problem("mismatched_endpoint", message, number, "url")
-    return Line(number, given["custom_id"], given["body"])
-
-
-def _json(raw: bytes) -> Any:
-    """As POST /v1/embeddings reads it: orjson, and for the lone surrogates that JavaScript sends Python's own."""
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return json.loads(raw)
+    return Line(number, given["custom_id"], given["body"], len(raw))
 
 
 def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tuple[int, list[Problem]]:

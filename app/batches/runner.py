@@ -32,8 +32,8 @@ Answer = Callable[[Any, str], Awaitable[tuple[int, bytes]]]
 LOOK_SECONDS = 2.0
 """Between two looks for batches that other processes took in or left."""
 BEAT_SECONDS = 2.0
-WINDOW_LINES, WINDOW_TEXTS = 32, 256
-"""Lines on the engine together; their answers are stored together."""
+WINDOW_LINES, WINDOW_TEXTS, WINDOW_BYTES = 32, 256, 4 * 2**20
+"""Lines in memory and on the engine together; their answers are stored together."""
 LONGEST_WAIT = 5.0
 AT_ONCE = 4
 """Batches side by side, so that a small one does not wait for the end of a large one."""
@@ -147,10 +147,14 @@ class BatchRunner:
             if number not in answered and isinstance(line := parsed(number, raw), Line)
         )
         while window := list(islice(lines, 1)):
-            texts = window[0].inputs
-            while len(window) < WINDOW_LINES and texts < WINDOW_TEXTS and (more := list(islice(lines, 1))):
-                window += more
-                texts += more[0].inputs
+            texts, size = window[0].inputs, window[0].size
+            while len(window) < WINDOW_LINES and texts < WINDOW_TEXTS and size < WINDOW_BYTES:
+                more = next(lines, None)
+                if more is None:
+                    break
+                window.append(more)
+                texts += more.inputs
+                size += more.size
             yield window
 
     async def _result(self, batch: BatchInfo, line: Line, stopped: asyncio.Event) -> LineResult | None:

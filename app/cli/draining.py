@@ -13,10 +13,10 @@ from starlette.types import ASGIApp
 
 from app.errors import StartupError
 from app.lifecycle import Server
+from app.serving import server_config
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 3
 """For answers that are written, and not yet read by their client."""
 BACKLOG = 2048
@@ -25,26 +25,16 @@ BACKLOG = 2048
 class DrainingServer(uvicorn.Server):
     """Serves until `end` is called or a signal comes; a second signal ends the process where it stands.
 
-    The first one: `/ready` says 503 at once, and requests are still taken for `grace` seconds (SIGINT: for none);
-    then new ones get 503, and those that were taken are answered for up to `drain` seconds; what is left then gets
-    503. Every answer meanwhile says `Connection: close`, and the port stays open until the last one is given.
+    The first one: `/ready` says 503 at once, and requests are still taken for `server.grace_seconds` (SIGINT: for
+    none); then new ones get 503, and those that were taken are answered for up to `server.drain_seconds`; what is left
+    then gets 503. Every answer meanwhile says `Connection: close`, and the port stays open until the last one is given.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Server, *, grace: float, drain: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
-            )
-        )
+    def __init__(self, app: ASGIApp, lifecycle: Server) -> None:
+        settings = lifecycle.settings
+        super().__init__(server_config(app, settings, timeout_graceful_shutdown=FLUSH_SECONDS))
         self._lifecycle = lifecycle
-        self._grace, self._drain = grace, drain
+        self._grace, self._drain = settings.server.grace, settings.server.drain_seconds
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()

@@ -12,6 +12,7 @@ from app.cli.draining import DrainingServer, listen
 from app.lifecycle import Server
 from app.main import application
 from app.preflight import check
+from app.serving import allow_files
 from app.settings import Settings
 from app.settings_sources import load_settings
 from app.telemetry import configure_logging
@@ -70,9 +71,9 @@ def run(settings: Settings) -> None:
         failures.append(error)
         server.end()
 
+    allow_files(settings.limits)
     lifecycle = Server(settings, failed)
-    app = application(lifecycle)
-    server = DrainingServer(app, lifecycle, grace=settings.server.grace, drain=settings.server.drain_seconds)
+    server = DrainingServer(application(lifecycle), lifecycle)
     server.run(listen(settings.server.host, settings.server.port))
     if failures:
         raise failures[0]

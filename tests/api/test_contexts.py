@@ -211,6 +211,16 @@ def _bad_imports() -> Iterator[tuple[bytes, str]]:
     huge = io.BytesIO()
     np.lib.format.write_array_header_1_0(huge, {"descr": "<f4", "fortran_order": False, "shape": (2**40, 64)})
     yield huge.getvalue(), "shorter than its header"
+    for header in (
+        b"{",
+        b"-" * 9000 + b"1",
+        b"{1: 2, 'a': 3}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 0)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}",
+    ):
+        yield b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header, "header"
+    yield save({f"none {i}": np.empty(0, np.float32) for i in range(2000)}), "header is over"
 
 
 @pytest.mark.parametrize(("content", "words"), list(_bad_imports()))

@@ -145,14 +145,16 @@ def _until(condition: Callable[[], bool]) -> None:
 @contextmanager
 def draining_server(data_dir: Path, failures: list[Exception]) -> Iterator[tuple[DrainingServer, Server, str]]:
     """As `serve` runs it, in a thread."""
-    settings = Settings.model_validate({"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir})
+    settings = Settings.model_validate(
+        {"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir, "server": {"grace_seconds": 600}}
+    )
 
     def failed(error: Exception) -> None:
         failures.append(error)
         server.end()
 
     lifecycle = Server(settings, failed)
-    server = DrainingServer(application(lifecycle), lifecycle, grace=600, drain=30)
+    server = DrainingServer(application(lifecycle), lifecycle)
     sockets = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)

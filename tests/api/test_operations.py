@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.errors import CheckpointError, ConfigError
 from app.main import create_app
 from app.models.loading import load_model
+from app.serving import server_config
 from app.settings import Settings
 from tests.conftest import BUILTIN
 from tests.live import GOLDENS, V1, live_server
@@ -63,8 +64,9 @@ def test_the_port_opens_before_the_models_are_loaded(data_dir: Path, monkeypatch
         return load_model(*args)
 
     monkeypatch.setattr("app.assembly.load_model", slow)
-    settings = Settings.model_validate({"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir})
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+    tree = {"models": [{"name": str(GOLDENS / V1)}], "data_dir": data_dir, "server": {"port": 0}}
+    settings = Settings.model_validate(tree)
+    server = uvicorn.Server(server_config(create_app(settings), settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert loading.wait(30)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import update
 
-from app.batches.runner import AT_ONCE, BatchRunner
+from app.batches.runner import AT_ONCE, WINDOW_BYTES, BatchRunner
 from app.errors import QueueFull
 from app.stores.batch_base import BatchInfo, BatchStatus
 from app.stores.batch_tables import file_chunks
@@ -44,10 +44,14 @@ class Bench:
 
 
 @asynccontextmanager
-async def running(path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]]) -> AsyncIterator[Bench]:
+async def running(
+    path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]], max_line_bytes: int = 10_000
+) -> AsyncIterator[Bench]:
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
-    runner = BatchRunner(bench.store, bench.files, database.threads, answer, max_lines=1000, max_line_bytes=10_000)
+    runner = BatchRunner(
+        bench.store, bench.files, database.threads, answer, max_lines=1000, max_line_bytes=max_line_bytes
+    )
     bench.wake = runner.wake
     runner.start()
     try:
@@ -120,3 +124,20 @@ async def test_a_damaged_input_ends_its_batch(tmp_path: Path) -> None:
         assert failed.completed > 0
         assert failed.output_file_id is not None
     database.close()
+
+
+async def test_few_large_lines_are_in_memory_at_once(tmp_path: Path) -> None:
+    waiting, most = 0, 0
+
+    async def answer(_body: Any, _namespace: str) -> tuple[int, bytes]:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await asyncio.sleep(0)
+        waiting -= 1
+        return 200, b"{}"
+
+    async with running(tmp_path, answer, max_line_bytes=WINDOW_BYTES) as bench:
+        bench.add("large", 7, text="x" * (WINDOW_BYTES // 2))
+        done = await bench.until("large", lambda info: info.status is BatchStatus.COMPLETED)
+    assert (done.completed, most) == (7, 2)

@@ -1,6 +1,8 @@
 """The choice of documents: bounded, seeded, uniform, and blind to order and repetition."""
 
+import sys
 from collections import Counter
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,17 @@ def test_memory_is_bounded_by_the_choice() -> None:
         corpus.add(f"text {i}")
     assert len(corpus.documents()) == 4
     assert corpus.counts().received == 10_000
+
+
+@given(documents, st.sampled_from(["random", "first"]), st.integers(1, 5))
+def test_what_is_kept_is_cut_and_told_apart_whole(docs: list[str], method: Any, limit: int) -> None:
+    whole, cut = Minicorpus(Selection(method), 7), Minicorpus(Selection(method), 7, max_characters=limit)
+    for document in docs:
+        whole.add(document)
+        cut.add(document)
+    assert cut.documents() == [document[:limit] for document in whole.documents()]
+    assert cut.counts() == whole.counts()
+    assert cut.memory == sum(map(sys.getsizeof, cut.documents()))
 
 
 def test_repeated_is_round_robin() -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from app.domain import InputType, TokenizedText
+from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
 from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from app.tokenization import TextTokenizer
+from app.tokenization import PIECE_CHARACTERS, TextTokenizer, _pieces
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 V1, V2 = "v1-tiny-c16", "v2-tiny-c16"
@@ -141,7 +141,8 @@ def test_cut_as_transformers_cuts(golden: str, max_length: int) -> None:
     for text, ours in zip(texts, found, strict=True):
         expected = theirs("search_document: " + text, truncation=True, max_length=max_length)["input_ids"]
         assert list(ours.input_ids) == expected
-        assert ours.truncated == (len(plain_ids(golden, "search_document: " + text)) > max_length)
+        long = len(plain_ids(golden, "search_document: " + text)) > max_length
+        assert ours.truncated == (long or len(text) > max_length * CHARACTERS_PER_TOKEN)
 
 
 def words(golden: str, tokens: int) -> str:
@@ -168,6 +169,35 @@ def test_the_limit_to_the_token(golden: str) -> None:
     assert "truncate = end" in message
     assert '"' not in message  # Python clients show the error as a dict's repr, and some look for the first words in it
     assert caught.value.param == "input"
+
+
+@both
+def test_of_a_very_long_text_only_its_beginning_is_read(golden: str) -> None:
+    small = tokenizer(golden, 16)
+    read = 16 * CHARACTERS_PER_TOKEN
+    for text in (" " * read + "rye", LONG + "!" * 1_000_000):
+        (found,) = small.texts([text], NONE, NONE, truncate=True)
+        assert found.truncated
+        ids = plain_ids(golden, text[:read])
+        assert found.input_ids == ids[:-1][:15] + ids[-1:]
+        with pytest.raises(ContextLengthExceeded, match=f"sent {len(text)} characters .in input.1"):
+            small.texts(["rye", text], NONE, NONE, truncate=False)
+
+
+@given(st.lists(st.integers(0, PIECE_CHARACTERS + 9), max_size=12))
+def test_pieces_are_bounded_and_lose_nothing(sizes: list[int]) -> None:
+    texts = [chr(65 + i) * size for i, size in enumerate(sizes)]
+    pieces = list(_pieces(texts))
+    assert [text for piece in pieces for text in piece] == texts
+    assert all(len(piece) == 1 or sum(map(len, piece)) <= PIECE_CHARACTERS for piece in pieces if any(piece[1:]))
+
+
+@both
+def test_many_texts_go_through_in_pieces(golden: str) -> None:
+    texts = [f"{i} " + "rye " * 300 for i in range(300)]
+    assert sum(map(len, texts)) > 2 * PIECE_CHARACTERS
+    together = tokenizer(golden).texts(texts, DOCUMENT, NONE, truncate=True)
+    assert together == [one(golden, text, DOCUMENT) for text in texts]
 
 
 @both
