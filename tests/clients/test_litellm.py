@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,18 @@ def test_sdk_retries(refusing: Refusing, agrees: Callable[[Any], None]) -> None:
 @pytest.fixture(scope="module")
 def gateway(live: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """A client of a proxy that runs with the page's configuration."""
-    optional("litellm.proxy.proxy_server")
-    folder, key = tmp_path_factory.mktemp("litellm"), "sk-4d1f0c9e7b5a38261f0e9d8c7b6a5f4e"
     config = pages.example("litellm", "yaml").replace("http://127.0.0.1:8000", live)
-    (folder / "litellm.yaml").write_text(config.replace("model_list:\n", "model_list:\n" + MISSPELT.format(live)))
+    misspelt = config.replace("model_list:\n", "model_list:\n" + MISSPELT.format(live))
+    with proxy(tmp_path_factory.mktemp("litellm"), misspelt) as client:
+        yield client
+
+
+@contextmanager
+def proxy(folder: Path, config: str) -> Iterator[openai.OpenAI]:
+    """A client of a proxy of its own."""
+    optional("litellm.proxy.proxy_server")
+    key = "sk-4d1f0c9e7b5a38261f0e9d8c7b6a5f4e"
+    (folder / "litellm.yaml").write_text(config)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [program("litellm"), "--config", "litellm.yaml", "--host", "127.0.0.1", "--port", str(port)]
@@ -120,3 +129,13 @@ def test_proxy_sets_a_named_deployment_aside_after_a_404(gateway: openai.OpenAI)
     with pytest.raises(openai.RateLimitError, match="No deployments available"):
         gateway.embeddings.create(model="misspelt", input="x")
     assert gateway.embeddings.create(model="legal-query", input="x").data
+
+
+def test_the_compose_files_proxy_finds_contexts(live: str, tmp_path: Path, agrees: Callable[[Any], None]) -> None:
+    config = (Path(__file__).parents[2] / "config" / "litellm.yaml").read_text()
+    with proxy(tmp_path, config.replace("http://gateway:8080", live)) as client:
+        assert "cde/builtin/minilm-context@legal" in {model.id for model in client.models.list()}
+        answer = client.embeddings.create(model=f"cde/{MODEL}", input=TEXTS)
+        agrees([item.embedding for item in answer.data])
+        httpx.post(f"{live}/v1/contexts", json={"name": "made-later", "documents": TEXTS}).raise_for_status()
+        assert client.embeddings.create(model="cde/minilm-context@made-later", input="x").data
