@@ -112,11 +112,30 @@ def examine(engine: Engine, served: ServedModel, references: References) -> Outc
 
 
 def key_of(spec: ModelSpec) -> str:
-    """Names everything that decides the vectors besides their precision: weights, tokenizer, semantics and the texts;
+    """See key_for."""
+    return key_for(
+        spec.revision,
+        spec.tokenizer_revision,
+        spec.semantics,
+        spec.max_length,
+        spec.corpus_size,
+        has_first_stage=spec.has_first_stage,
+    )
+
+
+def key_for(
+    revision: str,
+    tokenizer_revision: str,
+    semantics: str,
+    max_length: int,
+    corpus_size: int,
+    *,
+    has_first_stage: bool,
+) -> str:
+    """Names everything that decides the vectors besides their precision: weights, tokenizer, semantics, and the texts;
     and which stages there are."""
-    texts = [*DOCUMENTS, *(text for text, _ in TEXTS)]
-    sizes = (spec.max_length, spec.corpus_size, spec.has_first_stage)
-    parts = (spec.revision, spec.tokenizer_revision, spec.semantics, *map(str, sizes), *texts)
+    sizes = map(str, (max_length, corpus_size, has_first_stage))
+    parts = (revision, tokenizer_revision, semantics, *sizes, *DOCUMENTS, *(text for text, _ in TEXTS))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
