@@ -87,7 +87,7 @@ def verify(
     elif reference:
         ok = _reference(model, options, _texts(input_, limit), python, consent=trust_remote_code)
     else:
-        ok = _checkpoint(model, options, References(load_settings({}, config).data_dir / "selfcheck"))
+        ok = _checkpoint(model, options, References(load_settings({}, config).references_dir))
     if not ok:
         raise typer.Exit(1)
 

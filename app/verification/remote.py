@@ -103,7 +103,7 @@ def checks_of(call: Call, served: Mapping[str, Any], known: Known | None) -> lis
         Check("length of a vector, away from 1", float(np.abs(lengths - 1).max()), 1e-5),
         Check("a text alone, and in a batch", distance(batched, vectors), rounding),
         Check("texts in another order", distance(reversed_back, vectors), rounding),
-        Check("base64, and float: values that differ", float((floats != batched).sum()), 0),
+        Check("as base64, and as floats", distance(floats, batched), rounding),
         Check("indices that are out of order", float(sum(map(_misplaced, answers))), 0),
         Check("fingerprints, beyond the first", float(len(_headers(answers, "x-embedding-fingerprint")) - 1), 0),
         Check("context ids, beyond the first", float(len(_headers(answers, "x-context-id")) - 1), 0),

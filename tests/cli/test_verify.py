@@ -1,5 +1,6 @@
 """`verify` on a checkpoint, on a running server, and against the code that a checkpoint ships."""
 
+import base64
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -178,6 +180,9 @@ def _meddle(how: str, asked: dict[str, Any], data: list[Any], headers: dict[str,
         data[0]["embedding"][5] += 1e-3
     if how in ("fingerprint", "context") and seen == 3:
         headers["x-embedding-fingerprint" if how == "fingerprint" else "x-context-id"] = "another"
+    if how == "length" and len(data) == 1:
+        longer = 1.01 * np.frombuffer(base64.b64decode(data[0]["embedding"]), "<f4")
+        data[0]["embedding"] = base64.b64encode(longer.astype("<f4").tobytes()).decode()
     if how == "batch" and len(data) > 1:
         for item in data:
             item["embedding"] = data[0]["embedding"]
@@ -188,7 +193,16 @@ def _meddle(how: str, asked: dict[str, Any], data: list[Any], headers: dict[str,
     [
         ("order", ["texts in another order"]),
         ("indices", ["indices that are out of order"]),
-        ("floats", ["base64, and float: values that differ"]),
+        ("floats", ["as base64, and as floats"]),
+        (
+            "length",
+            [
+                "length of a vector, away from 1",
+                "a text alone, and in a batch",
+                "texts in another order",
+                "distance from the known vectors",
+            ],
+        ),
         ("fingerprint", ["fingerprints, beyond the first"]),
         ("context", ["context ids, beyond the first"]),
         ("batch", ["a text alone, and in a batch", "texts in another order"]),
