@@ -157,7 +157,7 @@ class Server:
         replicas = await self._loaded(lambda: load_replicas(settings))
         parts = self._parts = assemble(settings, self._database, replicas, self.fail)
         parts.engine.start()
-        references = References(settings.data_dir / "selfcheck")
+        references = References(settings.references_dir)
         self._reason = "The models are being checked."
         for served in parts.registry.models:
             await asyncio.to_thread(check, parts.engine, served, references)

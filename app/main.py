@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -44,7 +45,7 @@ def application(server: Server) -> ASGIApp:
                 await starting
             await server.stop()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its pages come from here, not from a CDN
         title="cde-server",
         summary="Contextual document embeddings behind OpenAI's embeddings API",
         version="1",

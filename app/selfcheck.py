@@ -112,11 +112,30 @@ def examine(engine: Engine, served: ServedModel, references: References) -> Outc
 
 
 def key_of(spec: ModelSpec) -> str:
-    """Names everything that decides the vectors besides their precision: weights, tokenizer, semantics and the texts;
+    """See key_for."""
+    return key_for(
+        spec.revision,
+        spec.tokenizer_revision,
+        spec.semantics,
+        spec.max_length,
+        spec.corpus_size,
+        has_first_stage=spec.has_first_stage,
+    )
+
+
+def key_for(
+    revision: str,
+    tokenizer_revision: str,
+    semantics: str,
+    max_length: int,
+    corpus_size: int,
+    *,
+    has_first_stage: bool,
+) -> str:
+    """Names everything that decides the vectors besides their precision: weights, tokenizer, semantics, and the texts;
     and which stages there are."""
-    texts = [*DOCUMENTS, *(text for text, _ in TEXTS)]
-    sizes = (spec.max_length, spec.corpus_size, spec.has_first_stage)
-    parts = (spec.revision, spec.tokenizer_revision, spec.semantics, *map(str, sizes), *texts)
+    sizes = map(str, (max_length, corpus_size, has_first_stage))
+    parts = (revision, tokenizer_revision, semantics, *sizes, *DOCUMENTS, *(text for text, _ in TEXTS))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -126,20 +145,21 @@ def compute(engine: Engine, served: ServedModel) -> Arrays:
     Raises SelfCheckError.
     """
     model = served.model
-    stages: list[tuple[str, Stage, list[TokenizedText], Payload]] = []
-    if served.spec.has_first_stage:
-        documents = tokenized(served, [(text, InputType.DOCUMENT) for text in DOCUMENTS])
-        stages.append((FIRST, Stage.FIRST, documents, Payload("selfcheck:corpus", model.corpus_arrays(documents))))
-    stages.append((SECOND, Stage.SECOND, tokenized(served, TEXTS), Payload("selfcheck", synthetic_context(model))))
+    vectors: dict[str, FloatArray] = {}
     try:
-        futures = {name: engine.submit(served.id, stage, texts, given) for name, stage, texts, given in stages}
-        return {name: future.result(WAIT_SECONDS) for name, future in futures.items()}
+        if served.spec.has_first_stage:
+            documents = tokenized(served, [(text, InputType.DOCUMENT) for text in DOCUMENTS])
+            corpus = Payload("selfcheck:corpus", model.corpus_arrays(documents))
+            vectors[FIRST] = engine.submit(served.id, Stage.FIRST, documents, corpus).result(WAIT_SECONDS)
+        context = Payload("selfcheck", synthetic_context(model))
+        vectors[SECOND] = engine.submit(served.id, Stage.SECOND, tokenized(served, TEXTS), context).result(WAIT_SECONDS)
     except (ServiceError, TimeoutError) as error:
         told = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise SelfCheckError(
             f"The self-check of {served.id} ({served.spec.dtype} on {served.spec.device}) failed: fixed texts get no "
             f"vectors ({told}). Its weights or this machine cannot be used as they are."
         ) from error
+    return vectors
 
 
 def tokenized(served: ServedModel, texts: Sequence[tuple[str, InputType]]) -> list[TokenizedText]:

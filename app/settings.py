@@ -161,6 +161,11 @@ class Settings(_Group):
         """SQLite's, where no other database is named."""
         return self.data_dir / "contexts.sqlite3"
 
+    @property
+    def references_dir(self) -> Path:
+        """The self-check's known vectors."""
+        return self.data_dir / "selfcheck"
+
     @model_validator(mode="after")
     def _cross_check(self) -> Self:
         server = self.server

@@ -65,6 +65,11 @@ def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | Non
         raise ConfigError(f"The settings file {named or CONFIG_FILE} cannot be read: {error}") from error
 
 
+def without_settings() -> dict[str, str]:
+    """The environment for a program that is not ours: without settings, and so without the keys and passwords there."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("CDE_")}
+
+
 def _check_variables() -> None:
     """A group that does not exist would be passed over in silence; a setting in a group would not."""
     for variable in os.environ:

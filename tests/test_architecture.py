@@ -96,6 +96,17 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": {"domain", "models", "offline", "vectors"},
     "evaluation": {"corpora", "domain", "offline", "vectors"},
     "goldens": {"domain", "errors", "models", "offline", "vectors"},
+    "verification": {
+        "verification",
+        "domain",
+        "errors",
+        "models",
+        "offline",
+        "references",
+        "selection",
+        "selfcheck",
+        "vectors",
+    },
     "bench": {"bench", "domain", "errors", "models"},
     "api": {
         "api",

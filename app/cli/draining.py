@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -45,7 +46,8 @@ class DrainingServer(uvicorn.Server):
         if self._loop is None:  # nothing is served yet
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._ended.set)
+            with suppress(RuntimeError):  # the loop is closed: the end is behind us
+                self._loop.call_soon_threadsafe(self._ended.set)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Runs wherever the main thread happens to be: no locks, and so no logging, in here."""

@@ -1,7 +1,6 @@
-"""`cde-server eval`, `verify`, `agreement`: what a model is worth, whether it is right, what an approximation costs."""
+"""`cde-server eval` and `agreement`: what a model is worth, what an approximation costs."""
 
 from dataclasses import asdict
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
 
 from app.agreement import measure
 from app.cli.embed import context_payload
@@ -24,18 +22,11 @@ from app.cli.options import (
     progress,
 )
 from app.corpora import BadCorpus, read_beir, read_records
-from app.domain import FloatArray, InputType
+from app.domain import InputType
 from app.evaluation import Score
 from app.evaluation import evaluate as evaluate_collection
-from app.goldens import Difference, Goldens
 from app.models.loading import LoadOptions
 from app.offline import Offline
-
-
-class Variant(StrEnum):
-    TRAIN = "train"
-    HUB = "hub"
-    BOTH = "both"
 
 
 def evaluate(
@@ -73,41 +64,6 @@ def _table(title: str, scores: list[Score], seeds: int) -> Table:
         spread = f" ± {score.spread:.2f} ({seeds} seeds)" if score.context == "own" else ""
         table.add_row(score.context, f"{score.ndcg:.2f}{spread}", f"{score.recall:.2f}")
     return table
-
-
-def verify(
-    *,
-    goldens: Annotated[Path, typer.Option(help="Folder with cases.json, expected.safetensors and a checkpoint")],
-    output: Annotated[Path | None, typer.Option(help="Where the computed arrays go (.safetensors)")] = None,
-    variant: Annotated[Variant, typer.Option(help="Which semantics to run")] = Variant.BOTH,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "auto",
-) -> None:
-    """Run golden cases through the serving code and compare with the reference's arrays; exit 1 beyond tolerance."""
-    if dtype == "int8":
-        raise typer.BadParameter("golden cases have tolerances for float32 and bfloat16", param_hint="--dtype")
-    cases = Goldens.read(goldens)
-    options = LoadOptions(dtype=dtype, device=device)
-    arrays: dict[str, FloatArray] = {}
-    differences: list[Difference] = []
-    for each in ("train", "hub") if variant is Variant.BOTH else (variant.value,):
-        for name, array in cases.run(each, options):
-            if name not in arrays:
-                arrays[name] = array
-                differences.append(cases.difference(name, array, options.resolved_dtype()))
-    if output is not None:
-        save_file(arrays, output)
-    worst = max(differences, key=lambda d: d.max_abs_diff / d.limit)
-    failed = [d for d in differences if not d.ok]
-    console = Console(highlight=False, soft_wrap=True)
-    for difference in failed:
-        console.print(f"FAIL {difference.name}: {difference.max_abs_diff:.2e}, limit {difference.limit:.2e}")
-    console.print(
-        f"{len(differences)} arrays, {len(failed)} beyond tolerance; worst {worst.name}: max difference "
-        f"{worst.max_abs_diff:.2e} (limit {worst.limit:.2e}), lowest cosine {min(d.min_cos for d in differences):.8f}"
-    )
-    if failed:
-        raise typer.Exit(1)
 
 
 def agreement(

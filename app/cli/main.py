@@ -8,9 +8,10 @@ from rich.console import Console
 from app.cli.bench import bench
 from app.cli.contexts import contexts
 from app.cli.embed import embed
-from app.cli.evaluate import agreement, evaluate, verify
+from app.cli.evaluate import agreement, evaluate
 from app.cli.keys import keys
 from app.cli.serve import check_config, serve
+from app.cli.verify import verify
 from app.corpora import BadCorpus
 from app.errors import ConfigError, ServiceError, StartupError, StoreError
 

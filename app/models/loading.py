@@ -207,6 +207,24 @@ def _semantics_name(semantics: Semantics, backbone: Backbone, options: LoadOptio
     return name + ("+frozen-context" if options.context_attention == "frozen" else "")
 
 
+def options_named(semantics: str) -> LoadOptions:
+    """How to load what has these `semantics` in its spec."""
+    base, *changes = semantics.split("+")
+    given: dict[str, Any] = {"semantics": base} if base in ("training", "hub") else {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name == "frozen-context":
+            given["context_attention"] = "frozen"
+        else:
+            given["output_residual" if name == "residual" else name] = value == "True"
+    return LoadOptions(**given)
+
+
+def weights_revision(name: str, revision: str | None = None) -> str:
+    """What `spec.revision` is, without loading the model. Raises CheckpointError."""
+    return BUILTIN_WEIGHTS if name == BUILTIN else revision_of(locate(name, revision).need(WEIGHTS))
+
+
 def _tokenizer_path(config: Mapping[str, Any], files: CheckpointFiles) -> Path:
     own = files.find("tokenizer.json")
     if own is not None:

@@ -52,7 +52,16 @@ def test_health_info_and_metrics(http: httpx.Client) -> None:
     families = {f.name: f for f in text_string_to_metric_families(http.get("/metrics").text)}
     assert any(s.labels["route"] == "/v1/embeddings" for s in families["cde_requests"].samples)
     assert families["cde_queue_tokens"].samples[0].value == 0
-    assert http.get("/docs").status_code == 200
+
+
+def test_the_api_pages_need_no_other_machine(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert page.status_code == 200
+    parts = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert [part.rpartition(".")[2] for part in parts] == ["css", "png", "js"]
+    assert all(http.get(part).status_code == 200 for part in parts)
+    assert "https://" not in page.text
+    assert http.get("/static-offline-docs/nothing.js").json()["error"]["code"] == "unknown_url"
 
 
 def test_the_port_opens_before_the_models_are_loaded(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,15 @@
 """Commands run in the test's own process: what they change of it is put back."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
+from app.cli.main import app
+
+Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +20,15 @@ def own_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == code, (result.output, result.exception)
+        return result
+
+    return call

@@ -1,7 +1,6 @@
 """The command line, run as its users run it, on small files and the tiny models."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -10,28 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from app.api.auth import Keyring
 from app.cli.main import app, main
+from tests.cli.conftest import Run
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
 from tests.live import GOLDENS, V1
 
 MODEL = ["--model", str(GOLDENS / V1)]
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert result.exit_code == code, (result.output, result.exception)
-        return result
-
-    return call
 
 
 def texts_file(path: Path, texts: list[str]) -> Path:

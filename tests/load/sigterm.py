@@ -6,6 +6,7 @@ must be answered with the right vectors; later ones are refused in OpenAI's shap
 
 import argparse
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -182,8 +183,11 @@ def _not_ready_at(url: str) -> float:
 
 
 def _said(log: str, words: str) -> float:
+    """When a line of the log was written."""
     line = next(line for line in log.splitlines() if words in line)
-    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    moment = re.search(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.,]\d+(Z|[+-]\d\d:\d\d)?", line)
+    assert moment, line
+    return datetime.fromisoformat(moment[0].replace(",", ".")).timestamp()
 
 
 def report(rounds: int, say: Callable[[str], object]) -> bool:
