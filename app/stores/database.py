@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
@@ -130,13 +131,23 @@ def _migrate(url: URL) -> None:
     else:  # a migration, or waiting for another process's, may take its time
         timeout = {"connect_timeout": postgresql.CONNECT_SECONDS}
         engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=timeout)
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config = _alembic()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def newest_migration() -> str | None:
+    """The version of the tables this code works with."""
+    return ScriptDirectory.from_config(_alembic()).get_current_head()
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
 
 
 def _with_driver(url: URL) -> URL:
