@@ -13,7 +13,8 @@ from app.domain import DATASET_EMBEDDINGS, ContextInfo, ContextStatus
 from app.errors import StoreError
 from app.payloads import from_safetensors
 from app.stores import rows
-from app.stores.checks.findings import Finding, one, one_by_one, only_room, told
+from app.stores.checks.findings import Finding, one, one_by_one, only_room
+from app.stores.faults import words_of
 from app.stores.tables import names, payloads, versions
 
 AGAIN = "Delete it and create it again from its documents, or import it again."
@@ -42,11 +43,11 @@ def check_contexts(connection: Connection, checked: dict[str, int]) -> Iterator[
 def _info(row: RowMapping | Exception | None) -> ContextInfo | str:
     """Or what is wrong."""
     if not isinstance(row, RowMapping):
-        return told(row) if row else "it is gone"
+        return words_of(row) if row else "it is gone"
     try:
         return rows.info_of(row)
     except StoreError as error:
-        return told(error)
+        return words_of(error)
 
 
 def _names(connection: Connection, infos: Names, checked: dict[str, int]) -> Iterator[Finding]:
@@ -105,7 +106,7 @@ def _label(context_id: str, held_by: Sequence[ContextInfo]) -> str:
 
 def _payload_problem(row: RowMapping | Exception | None, held_by: Sequence[ContextInfo]) -> str | None:
     if not isinstance(row, RowMapping):
-        return f"Its arrays cannot be read: {told(row) if row else 'they are gone'}."
+        return f"Its arrays cannot be read: {words_of(row) if row else 'they are gone'}."
     data, done = row["data"], [info for info in held_by if info.status is ContextStatus.COMPLETED]
     if data is None:
         return "It is completed, and its arrays are not there." if done else None

@@ -11,10 +11,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.stores import postgresql, sqlite
 from app.stores.checks.contexts import check_contexts
 from app.stores.checks.files import check_batches, check_files
-from app.stores.checks.findings import BACKUP, Finding, Report, told
-from app.stores.database import newest_migration, parsed_url
+from app.stores.checks.findings import BACKUP, Finding, Report
+from app.stores.database import newest_migration, not_opened, parsed_url
 from app.stores.errors import StoreAway, StoreDamaged
-from app.stores.faults import fault_of
+from app.stores.faults import words_of
 
 SALVAGE = f"Stop the server and keep a copy of the file. {BACKUP} Or salvage what can be read: sqlite3 FILE .recover"
 POSTGRESQL_TOOLS = f"{BACKUP} pg_amcheck and the server's log say more."
@@ -54,11 +54,10 @@ def _opened(url: URL) -> Engine:
         with engine.connect():
             return engine
     except SQLAlchemyError as error:
-        fault = fault_of(error, file)
+        fault = not_opened(url, error)
         if isinstance(fault, StoreDamaged):  # which is what is looked for
             return engine
-        reason = str(fault).replace(url.password or "\0", "***")
-        raise type(fault)(f"The context store {url.render_as_string()} cannot be opened: {reason}") from error
+        raise fault from error
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _guarded(engine: Engine, part: Part, checked: dict[str, int]) -> list[Findin
             found.extend(part(connection, checked))
     except SQLAlchemyError as error:
         remedy = SALVAGE if engine.dialect.name == "sqlite" else POSTGRESQL_TOOLS
-        found.append(Finding("the database", f"It cannot be read: {told(error)}.", remedy))
+        found.append(Finding("the database", f"It cannot be read: {words_of(error)}.", remedy))
     return found
 
 

@@ -7,8 +7,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.stores.batch_base import UNFINISHED
 from app.stores.batch_tables import batch_lines, batches, files
-from app.stores.checks.findings import Finding, one_by_one, only_room, told
+from app.stores.checks.findings import Finding, one_by_one, only_room
 from app.stores.errors import PayloadDamaged
+from app.stores.faults import words_of
 from app.stores.files import content_of
 
 UPLOAD = "Delete it and upload it again."
@@ -20,7 +21,7 @@ def check_files(connection: Connection, checked: dict[str, int]) -> Iterator[Fin
     for seq, row in one_by_one(connection, files, files.c.seq):
         checked["files"] += 1
         if not isinstance(row, RowMapping):
-            yield Finding(f"file {seq}", f"Its row cannot be read: {told(row) if row else 'it is gone'}.", UPLOAD)
+            yield Finding(f"file {seq}", f"Its row cannot be read: {words_of(row) if row else 'it is gone'}.", UPLOAD)
             continue
         problem = _content_problem(connection, row)
         if problem is not None:
@@ -32,7 +33,7 @@ def _content_problem(connection: Connection, file: RowMapping) -> str | None:
         with connection.begin_nested():
             size = sum(map(len, content_of(connection, file)))
     except (SQLAlchemyError, PayloadDamaged) as error:
-        return f"Its content is damaged: {told(error)}"
+        return f"Its content is damaged: {words_of(error)}"
     return None if size == file["bytes"] else f"Its content has {size} bytes, not the {file['bytes']} it had."
 
 
@@ -41,7 +42,7 @@ def check_batches(connection: Connection, checked: dict[str, int]) -> Iterator[F
     for seq, row in one_by_one(connection, batches, batches.c.seq):
         checked["batches"] += 1
         if not isinstance(row, RowMapping):
-            problem = f"Its row cannot be read: {told(row) if row else 'it is gone'}."
+            problem = f"Its row cannot be read: {words_of(row) if row else 'it is gone'}."
             yield Finding(f"batch {seq}", problem, "Create the batch again from its input file.")
         elif row["status"] in UNFINISHED:
             yield from _unfinished(connection, row)

@@ -27,11 +27,6 @@ class Report:
     findings: Sequence[Finding]
 
 
-def told(error: Exception) -> str:
-    """The database's own words, without SQL."""
-    return " ".join(str(getattr(error, "orig", None) or error).split())
-
-
 def only_room(table: Table, column: str, value: str) -> str:
     """The remedy for what belongs to nothing."""
     return f"It only takes up room: DELETE FROM {table.name} WHERE {column} = '{value}'."  # noqa: S608 - to be read
