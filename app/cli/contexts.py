@@ -1,4 +1,4 @@
-"""`cde-server contexts …`: contexts of a running server."""
+"""`cde-server contexts …`: contexts of a running server. `contexts check` is in check.py."""
 
 import sys
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from app.api.schemas import NPY, SAFETENSORS
+from app.cli.check import check
 from app.cli.options import messages, progress
 from app.corpora import read_records
 
-contexts = typer.Typer(help="Contexts of a running server.", no_args_is_help=True)
+contexts = typer.Typer(help="Contexts of a running server; check: the store it keeps them in.", no_args_is_help=True)
+contexts.command()(check)
 
 UrlOption = Annotated[str, typer.Option(envvar="CDE_URL", help="The server")]
 KeyOption = Annotated[str | None, typer.Option(envvar="CDE_API_KEY", help="API key, where the server wants one")]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
@@ -16,7 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemy
 from app.errors import StoreError
 from app.stores import postgresql, sqlite
 from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
-from app.stores.faults import Faults, fault_of
+from app.stores.faults import Faults, fault_of, words_of
 from app.stores.threads import StoreThreads
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ MIGRATION_LOCK = 4_201_002_525
 ATTEMPTS = 8
 """Two writers that get in each other's way: one of them starts over."""
 PAUSE_SECONDS = 0.02
+POOL_SECONDS = 5
+"""Connections are enough for all of the store's threads, and for some downloads beside them."""
 CONFLICTS = ("40001", "40P01")
 """SQLSTATE: serialisation failure, deadlock."""
 
@@ -108,9 +111,14 @@ def connect(url: str) -> Engine:
         _migrate(parsed)
         return _opened(parsed)
     except (SQLAlchemyError, OSError, ImportError) as error:
-        fault = fault_of(error, sqlite.file_of(parsed)) if isinstance(error, SQLAlchemyError) else StoreAway(str(error))
-        reason = str(fault).replace(parsed.password or "\0", "***")
-        raise type(fault)(f"The context store {parsed.render_as_string()} cannot be opened: {reason}") from error
+        raise not_opened(parsed, error) from error
+
+
+def not_opened(url: URL, error: Exception) -> StoreError:
+    """For the operator; never shows the password."""
+    kind = type(fault_of(error, sqlite.file_of(url))) if isinstance(error, SQLAlchemyError) else StoreAway
+    reason = words_of(error).replace(url.password or "\0", "***")
+    return kind(f"The context store {url.render_as_string()} cannot be opened ({kind.kind}): {reason}")
 
 
 def is_conflict(error: SQLAlchemyError) -> bool:
@@ -130,13 +138,23 @@ def _migrate(url: URL) -> None:
     else:  # a migration, or waiting for another process's, may take its time
         timeout = {"connect_timeout": postgresql.CONNECT_SECONDS}
         engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=timeout)
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config = _alembic()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def newest_migration() -> str | None:
+    """The version of the tables this code works with."""
+    return ScriptDirectory.from_config(_alembic()).get_current_head()
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
 
 
 def _with_driver(url: URL) -> URL:
@@ -146,4 +164,5 @@ def _with_driver(url: URL) -> URL:
 
 def _opened(url: URL) -> Engine:
     file = sqlite.file_of(url)
-    return postgresql.opened(url) if file is None else sqlite.opened(file, mode="rw")
+    pool = {"pool_size": 5, "max_overflow": 20, "pool_timeout": POOL_SECONDS}
+    return postgresql.opened(url, **pool) if file is None else sqlite.opened(file, mode="rw", **pool)

@@ -52,11 +52,15 @@ LITTLE_ROOM = 64 * 2**10
 
 
 def fault_of(error: SQLAlchemyError, file: Path | None = None) -> StoreError:
-    """`file`: SQLite's. The cause's own words are kept for the log, without SQL and what was written."""
+    """`file`: SQLite's."""
+    kind = _kind(error, error.orig if isinstance(error, DBAPIError) else None, file)
+    return kind(f"The context store fails ({kind.kind}): {words_of(error)}")
+
+
+def words_of(error: Exception) -> str:
+    """The database's own words on one line, without SQL and what was to be written."""
     cause = error.orig if isinstance(error, DBAPIError) else None
-    kind = _kind(error, cause, file)
-    words = " ".join(str(cause or type(error).__name__).split())
-    return kind(f"The context store fails ({kind.kind}): {words}")
+    return " ".join(str(cause or error).split())
 
 
 def _kind(error: SQLAlchemyError, cause: BaseException | None, file: Path | None) -> type[StoreError]:

@@ -79,6 +79,14 @@ class SqlFileStore:
         return self._database.write(work)
 
 
+def content_of(connection: Connection, file: RowMapping) -> Iterator[bytes]:
+    """A file's content, piece by piece, all in one transaction. Raises PayloadDamaged."""
+    position: int | None = -1
+    while position is not None:
+        position, data = _piece(connection, file, position)
+        yield data
+
+
 def add_file(connection: Connection, namespace: str, filename: str, purpose: str, size: int, **output: Any) -> FileInfo:
     """`output`: of which batch the file is the output, and which half."""
     info = FileInfo(

@@ -18,20 +18,17 @@ STATEMENT_SECONDS = 10
 LOCK_SECONDS = 5
 IDLE_SECONDS = 60
 """A transaction whose client has stopped in the middle keeps its locks no longer than that."""
-POOL_SECONDS = 5
 
 
-def opened(url: URL) -> Engine:
+def opened(url: URL, **pool: Any) -> Engine:
     """For requests: every wait has an end."""
     engine = create_engine(
         url,
         pool_pre_ping=True,
-        pool_size=5,
-        max_overflow=15,
-        pool_timeout=POOL_SECONDS,
         pool_use_lifo=True,
         hide_parameters=True,
         connect_args=_unless_given(url),
+        **pool,
     )
 
     @event.listens_for(engine, "do_connect")

@@ -2,11 +2,9 @@
 
 import io
 import json
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,30 +244,6 @@ def test_a_context_belongs_to_its_model(http: httpx.Client) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (400, "context_model_mismatch")
 
 
-def test_kill_9_loses_nothing_that_was_answered(tmp_path: Path) -> None:
-    """Contexts are created until the process is killed; all that were answered 201 are there and whole."""
-    kept: dict[str, str] = {}
-    for round_ in range(2):
-        process, url = start_process(tmp_path)
-        creating = threading.Thread(target=_create_until_dead, args=(url, round_, kept), daemon=True)
-        creating.start()
-        while sum(name.startswith(f"k{round_}") for name in kept) < 5:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
-        creating.join(10)
-    process, url = start_process(tmp_path)
-    try:
-        for name, context_id in kept.items():
-            exported = httpx.get(f"{url}/v1/contexts/{name}/embeddings")
-            assert exported.headers["x-context-id"] == context_id
-            assert load(exported.content)["dataset_embeddings"].shape == (16, 64)
-            assert httpx.get(f"{url}/v1/contexts/{name}").json()["status"] == "completed"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-
-
 def start_process(folder: Path, *options: str, model: str = V1) -> tuple["subprocess.Popen[bytes]", str]:
     log = folder / "log"
     offset = log.stat().st_size if log.exists() else 0
@@ -284,19 +258,6 @@ def start_process(folder: Path, *options: str, model: str = V1) -> tuple["subpro
             return process, "http://" + text.split("http://")[1].split()[0]
         time.sleep(0.05)
     raise AssertionError(log.read_text())
-
-
-def _create_until_dead(url: str, round_: int, kept: dict[str, str]) -> None:
-    for i in range(10_000):
-        name = f"k{round_}-{i}"
-        try:
-            response = httpx.post(
-                f"{url}/v1/contexts", json={"name": name, "documents": [f"{name} {d}" for d in ANIMALS]}
-            )
-        except httpx.HTTPError:
-            return
-        if response.status_code == 201:
-            kept[name] = response.json()["id"]
 
 
 def test_a_stream_that_breaks_off_creates_nothing(http: httpx.Client, server: str) -> None:

@@ -24,7 +24,7 @@ from tests.disks import fill, small_disk
 from tests.live import V1, live_server
 from tests.postgres import Postgres, new_database, own_postgres
 
-LONG = [f"Letter {i}: " + " ".join(f"word{i * j % 997}" for j in range(200)) for i in range(512)]
+LONG = [f"Letter {i}: " + " ".join(f"word{i * j % 997}" for j in range(120)) for i in range(320)]
 Away = Callable[[], Any]
 
 
@@ -117,7 +117,7 @@ def test_work_under_way_outlives_an_outage(served: tuple[str, Away]) -> None:
         answer.append(httpx.post(f"{url}/v1/contexts", json=body, timeout=120))
 
     creating = threading.Thread(target=create)
-    lines = [line(str(i), input=[f"{text} Line {i}." for text in ANIMALS]) for i in range(150)]
+    lines = [line(str(i), input=[f"{text} Line {i}." for text in ANIMALS]) for i in range(80)]
     with (
         httpx.Client(base_url=url, timeout=60) as http,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=20) as client,
@@ -137,7 +137,7 @@ def test_work_under_way_outlives_an_outage(served: tuple[str, Away]) -> None:
         assert http.post("/v1/embeddings", json=body).headers["x-context-id"] == found["id"]
         done = finished(client, batch.id)
         assert (done.status, done.error_file_id) == ("completed", None)
-        assert [entry["custom_id"] for entry in answers(client, done.output_file_id)] == [str(i) for i in range(150)]
+        assert [entry["custom_id"] for entry in answers(client, done.output_file_id)] == [str(i) for i in range(80)]
 
 
 def test_a_frozen_server_holds_nobody_who_does_not_need_it(own: Postgres, tmp_path: Path) -> None:

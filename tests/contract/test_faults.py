@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.engine import make_url
 
 from app.errors import StoreError
@@ -19,6 +19,7 @@ from app.stores import faults, postgresql, sqlite
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged, StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
 from app.stores.sql import SqlContextStore
+from app.stores.tables import payloads
 from tests.contract.test_store import M, built, new_context, put
 from tests.disks import fill, small_disk, unwritable
 from tests.postgres import Postgres, new_database, own_postgres
@@ -273,6 +274,23 @@ def test_sessions_that_are_killed(shared: SqlContextStore, server: Postgres) -> 
     assert reads(shared)
     server.kill_sessions()
     put(shared, "more", 2)
+
+
+def test_a_session_that_is_killed_in_a_transaction(server: Postgres) -> None:
+    """Nothing of it is there, and it can be done again."""
+    database = Database(new_database(server.url))
+
+    def work(connection: Connection) -> None:
+        connection.execute(insert(payloads).values(id=FIRST))
+        server.kill_sessions()
+        connection.execute(insert(payloads).values(id="another"))
+
+    with pytest.raises(StoreAway):
+        database.write(work)
+    with database.reading() as connection:
+        assert connection.execute(select(payloads.c.id)).all() == []
+    put(SqlContextStore(database), "legal", 1)
+    database.close()
 
 
 def test_a_server_that_is_frozen(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
