@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.options import ConfigOption, messages
-from app.settings import load_settings
+from app.settings_sources import load_settings
 from app.stores.checks.database import check_store
 
 WIDE = 240
