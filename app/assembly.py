@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from app.api.batches import LineAnswers
@@ -20,6 +21,7 @@ from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
 from app.stores.sql import SqlContextStore
+from app.telemetry.metrics import BUILD, MODEL
 from app.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def load_replicas(settings: Settings) -> list[list[ServedModel]]:
 def assemble(settings: Settings, database: Database, replicas: list[list[ServedModel]]) -> Parts:
     """Nothing runs yet. Raises ConfigError."""
     registry = Registry(replicas[0])
+    _say_what_runs(replicas)
     limits, wanted, device = settings.limits, settings.contexts, registry.default.spec.device
     engine = Engine(
         [{served.id: served.model for served in replica} for replica in replicas],
@@ -77,6 +80,13 @@ def assemble(settings: Settings, database: Database, replicas: list[list[ServedM
         max_line_bytes=limits.max_body_bytes,
     )
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, runner))
+
+
+def _say_what_runs(replicas: list[list[ServedModel]]) -> None:
+    devices = dict.fromkeys(replica[0].spec.device for replica in replicas)
+    BUILD.labels(version("cde-server"), version("torch"), ",".join(devices)).set(1)
+    for spec in (served.spec for served in replicas[0]):
+        MODEL.labels(spec.id, spec.family, spec.semantics, spec.dtype, spec.device, spec.revision[:12]).set(1)
 
 
 def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:

@@ -22,6 +22,7 @@ from app.errors import ContextModelMismatch, ContextNotReady, UnknownContextName
 from app.registry import ServedModel
 from app.selection import select
 from app.stores.base import ContextStore
+from app.telemetry.metrics import CONTEXT_EVICTIONS, CONTEXT_USES, CONTEXTS_RESIDENT, CONTEXTS_RESIDENT_BYTES
 
 NAME_SECONDS = 0.5
 """How long a name's target is believed before the store is asked again; another process may have moved it."""
@@ -47,9 +48,7 @@ class Contexts:
         self._default = default
         self._infos: TTLCache[tuple[Space, str], ContextInfo] = TTLCache(4096, NAME_SECONDS)
         self._generation = 0
-        self._payloads: LRUCache[str, Payload] = LRUCache(
-            cache_bytes, getsizeof=lambda p: sum(a.nbytes for a in p.arrays.values()) + 1
-        )
+        self._payloads = _Resident(cache_bytes, getsizeof=lambda p: sum(a.nbytes for a in p.arrays.values()) + 1)
 
     async def resolve(
         self, served: ServedModel, ref: ContextRef, namespace: str = SHARED
@@ -76,12 +75,14 @@ class Contexts:
                 param="context",
             )
         payload = self._payloads.get(info.id)
+        source = "resident" if payload else "loaded"
         if payload is None:
             arrays = await asyncio.to_thread(self._store.arrays, info.id)
             if arrays is None:  # deleted since it was found
                 self.forget()
                 return await self.resolve(served, ref, namespace)
             payload = self.keep(Payload(info.id, arrays))
+        CONTEXT_USES.labels(source).inc()
         return info, payload
 
     async def inline(self, served: ServedModel, documents: Sequence[str], *, background: bool = False) -> InlineContext:
@@ -91,9 +92,11 @@ class Contexts:
 
         async def load() -> Payload:
             payload = self._payloads.get(plan.id)
+            source = "resident" if payload else "built"
             if payload is None:
                 outcome = await self._builder.build(served, plan, background=background)
                 payload = self.keep(Payload(outcome.id, outcome.arrays))
+            CONTEXT_USES.labels(source).inc()
             return payload
 
         return InlineContext(plan.id, load)
@@ -125,7 +128,17 @@ class Contexts:
         """In memory, while there is room."""
         if self._payloads.getsizeof(payload) <= self._payloads.maxsize:
             self._payloads[payload.key] = payload
+            CONTEXTS_RESIDENT.set(len(self._payloads))
+            CONTEXTS_RESIDENT_BYTES.set(self._payloads.currsize)
         return payload
+
+
+class _Resident(LRUCache[str, Payload]):
+    """Counts what it drops."""
+
+    def popitem(self) -> tuple[str, Payload]:
+        CONTEXT_EVICTIONS.inc()
+        return super().popitem()
 
 
 def check_completed(info: ContextInfo, ref: ContextRef) -> None:

@@ -15,12 +15,16 @@ from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
+from app.errors import Unavailable
 from app.lifecycle import Server
 from app.settings import Settings
+from app.telemetry.metrics import READY
+from app.telemetry.tracing import Tracing
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | None = None) -> ASGIApp:
-    """The ASGI application. `on_failure` is called when start-up fails. Raises ConfigError for a bad keys file."""
+    """The ASGI application. `on_failure` is called when start-up fails. Raises ConfigError for a bad keys file, and
+    for traces without their extra."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -32,15 +36,21 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
             with suppress(asyncio.CancelledError):
                 await starting
             await server.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
+    tracing = Tracing() if settings.server.traces else None
     app = FastAPI(
         title="cde-server",
         summary="Contextual document embeddings behind OpenAI's embeddings API",
         version="1",
         lifespan=lifespan,
         redoc_url=None,
+        # Its own, which would also send the messages of exceptions; see app/telemetry/tracing.py.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     server = Server(app, settings, on_failure)
+    READY.set_function(lambda: _takes_requests(server))
     app.state.server = server
     app.state.settings = settings
     app.state.created = int(time.time())
@@ -59,4 +69,12 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
             expose_headers=["x-request-id", "x-context-id", "x-context-name", "x-embedding-fingerprint"],
         )
     app.add_middleware(LastNet)
-    return Envelope(app)
+    return Envelope(app, tracing)
+
+
+def _takes_requests(server: Server) -> bool:
+    try:
+        server.check_admitted()
+    except Unavailable:
+        return False
+    return True

@@ -4,10 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from app.contexts import Contexts
-from app.domain import DEFAULT_CONTEXT, SHARED, ContextInfo, Embeddings, FloatArray, InputType, Payload, TokenizedText
+from app.domain import DEFAULT_CONTEXT, SHARED, ContextInfo, Embeddings, InputType, Payload, TokenizedText
 from app.errors import (
     ContextModelMismatch,
     ContextNotFound,
@@ -19,10 +17,11 @@ from app.errors import (
     UnknownContextNamed,
 )
 from app.registry import ModelChoice, Registry, ServedModel, parse_ref
-from app.telemetry import TOKENS
+from app.telemetry.metrics import count_embeddings
+from app.telemetry.requests import note, part
 from app.token_ids import Cl100k, VocabularyMissing
 from app.vector_cache import VectorCache
-from app.vectors import normalized
+from app.vectors import finished
 
 NO_LANGCHAIN_IDS = "Send strings instead; in LangChain: OpenAIEmbeddings(..., check_embedding_ctx_length=False)."
 
@@ -89,19 +88,23 @@ class EmbeddingService:
         """Raises the InvalidRequest family, NotFound, FingerprintMismatch, QueueFull, Unavailable, ServerFault."""
         choice = self.registry.choose(request.model)
         served = choice.served
+        note(model=served.id)
         dimensions = _dimensions(served, request.dimensions)
         input_type = _input_type(choice, request.input_types)
-        tokens = await self.tokenize(
-            served, request.texts, request.token_ids, input_type, truncate=request.truncate or self._policy.truncate
-        )
+        truncate = request.truncate or self._policy.truncate
+        with part("tokenize"):
+            tokens = await self.tokenize(served, request.texts, request.token_ids, input_type, truncate=truncate)
         prompt_tokens = sum(len(text.input_ids) for text in tokens)
+        note(inputs=len(tokens), tokens=prompt_tokens)
         if prompt_tokens > self._policy.max_tokens:
             raise TooManyTokens(
                 f"Invalid 'input': {prompt_tokens} tokens requested, at most {self._policy.max_tokens} fit in one "
                 f"request. Send fewer texts at a time.",
                 param="input",
             )
-        context = await self._context(choice, request)
+        with part("context"):
+            context = await self._context(choice, request)
+        note(context_id=context.id)
         fingerprint = served.spec.fingerprint(context.id, dimensions, normalized=request.normalize)
         if request.expect_fingerprint not in (None, fingerprint):
             raise FingerprintMismatch(
@@ -109,14 +112,14 @@ class EmbeddingService:
                 f"differ from the ones the index was made with.",
                 param="x-expect-fingerprint",
             )
-        raw = await self._vectors.embed(served, tokens, await context.load(), background=request.background)
-        vectors = _finished(raw, dimensions, normalize=request.normalize)
-        compute_tokens = prompt_tokens + served.spec.context_rows * len(tokens)
-        TOKENS.labels(served.id).inc(prompt_tokens)
-        return Embeddings(
-            vectors=vectors,
+        with part("context"):
+            payload = await context.load()
+        with part("compute"):
+            raw = await self._vectors.embed(served, tokens, payload, background=request.background)
+        embeddings = Embeddings(
+            vectors=finished(raw, dimensions, normalize=request.normalize),
             prompt_tokens=prompt_tokens,
-            compute_tokens=compute_tokens,
+            compute_tokens=prompt_tokens + served.spec.context_rows * len(tokens),
             truncated_inputs=[i for i, text in enumerate(tokens) if text.truncated],
             model=request.model,
             context_id=context.id,
@@ -124,6 +127,9 @@ class EmbeddingService:
             fell_back=context.fell_back,
             fingerprint=fingerprint,
         )
+        count_embeddings(served.id, len(tokens), prompt_tokens, truncated=len(embeddings.truncated_inputs))
+        note(compute_tokens=embeddings.compute_tokens, truncated=len(embeddings.truncated_inputs))
+        return embeddings
 
     async def tokenize(
         self,
@@ -235,9 +241,3 @@ def _dimensions(served: ServedModel, asked: int | None) -> int:
         return asked
     allowed = f"1 to {native}" if served.matryoshka else f"{native} (or leave it out)"
     raise InvalidRequest(f"Invalid 'dimensions': {served.id} gives vectors of {allowed}.", param="dimensions")
-
-
-def _finished(vectors: FloatArray, dimensions: int, *, normalize: bool) -> FloatArray:
-    """Cut first, normalised after: a slice of a unit vector is not one."""
-    cut = np.ascontiguousarray(vectors[:, :dimensions])
-    return normalized(cut) if normalize else cut

@@ -17,7 +17,7 @@ from app.domain import FloatArray, Payload, Stage, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServiceError
 from app.registry import ServedModel
-from app.telemetry import COMPUTE_TOKENS, VECTOR_CACHE, VECTOR_CACHE_BYTES
+from app.telemetry.metrics import COMPUTE_TOKENS, VECTOR_CACHE, VECTOR_CACHE_BYTES
 
 Key = bytes
 FEW = 32

@@ -15,6 +15,7 @@ from app.domain import Embeddings
 from app.errors import InvalidRequest
 from app.service import EmbedRequest
 from app.settings import LimitSettings
+from app.telemetry.requests import part
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
 
@@ -49,10 +50,11 @@ async def create_embeddings(
         expect_fingerprint=x_expect_fingerprint,
     )
     embeddings = await service.embed(request)
-    if len(embeddings.vectors) <= SMALL:
-        content = embeddings_body(embeddings, body.encoding_format)
-    else:
-        content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
+    with part("render"):
+        if len(embeddings.vectors) <= SMALL:
+            content = embeddings_body(embeddings, body.encoding_format)
+        else:
+            content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
     return Response(content, media_type="application/json", headers=_headers(embeddings))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from app.main import create_app
 from app.settings import Settings, load_settings
-from app.telemetry import configure_logging
+from app.telemetry.logs import configure_logging
 
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 KEEP_ALIVE_SECONDS = 75
@@ -60,7 +60,7 @@ def check_config(config: ConfigOption = None) -> None:
 
 def run(settings: Settings) -> None:
     """Serves until a signal comes. Raises what kept the start-up from finishing."""
-    configure_logging(settings.server.log_level)
+    configure_logging(settings.server.log_level, settings.server.log_format)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:

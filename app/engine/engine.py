@@ -18,7 +18,7 @@ from app.domain import FloatArray, Payload, Stage, TokenizedText
 from app.engine.batching import Job, WaitingJobs, submission_jobs
 from app.errors import EngineUnavailable, NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown
 from app.models.base import DeviceContext, TwoStageModel
-from app.telemetry import BATCH_ROWS, FORWARDS, QUEUE_TOKENS
+from app.telemetry.metrics import BATCH_ROWS, FORWARDS, QUEUE_TOKENS
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from app.errors import StoreError
+from app.telemetry.metrics import STORE_FAILURES, STORE_RETRIES, STORE_SECONDS
 
 T = TypeVar("T")
 
@@ -40,26 +41,33 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """One transaction that writes nothing. Raises StoreError."""
-        try:
-            with self.engine.connect() as connection, connection.execution_options(immediate=False).begin():
-                yield connection
-        except SQLAlchemyError as error:
-            raise _silent(error) from error
+        with STORE_SECONDS.labels("read").time():
+            try:
+                with self.engine.connect() as connection, connection.execution_options(immediate=False).begin():
+                    yield connection
+            except SQLAlchemyError as error:
+                raise _silent(error, "read") from error
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """One transaction; begun anew where another writer was in the way. Raises StoreError."""
+        with STORE_SECONDS.labels("write").time():
+            return self._write(work)
+
+    def _write(self, work: Callable[[Connection], T]) -> T:
         for attempt in range(ATTEMPTS):
             try:
                 with self.engine.connect() as connection, connection.execution_options(immediate=True).begin():
                     return work(connection)
             except SQLAlchemyError as error:
                 if not is_conflict(error) or attempt == ATTEMPTS - 1:
-                    raise _silent(error) from error
+                    raise _silent(error, "write") from error
+                STORE_RETRIES.inc()
                 time.sleep(PAUSE_SECONDS * attempt * random.random())  # noqa: S311 - not the same ones again at once
         raise AssertionError("the last attempt returns or raises")
 
 
-def _silent(error: SQLAlchemyError) -> StoreError:
+def _silent(error: SQLAlchemyError, operation: str) -> StoreError:
+    STORE_FAILURES.labels(operation).inc()
     return StoreError(f"The store does not answer: {type(error).__name__}")
 
 
@@ -116,12 +124,13 @@ def _with_driver(url: URL) -> URL:
 
 
 def _opened(url: URL) -> Engine:
-    """SQLite in write-ahead mode, every commit on disk; other databases as they are."""
+    """SQLite in write-ahead mode, every commit on disk; other databases as they are. Errors do not show what was being
+    written: documents, and lines of batches."""
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
