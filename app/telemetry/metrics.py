@@ -89,6 +89,8 @@ for _operation in ("read", "write"):
     STORE_FAILURES.labels(_operation)
 for _outcome in ("completed", "failed", "stopped"):
     CONTEXT_BUILDS.labels(_outcome)
+for _outcome in ("completed", "failed"):
+    BATCH_LINES.labels(_outcome)
 
 
 def count_embeddings(model: str, texts: int, tokens: int, *, truncated: int) -> None:
