@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from app.api.batches import LineAnswers
@@ -22,6 +23,7 @@ from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
 from app.stores.sql import SqlContextStore
+from app.telemetry.metrics import BUILD, MODEL
 from app.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ def assemble(
 ) -> Parts:
     """Nothing runs yet. `on_fatal`: told, in any thread, when the engine is beyond repair. Raises ConfigError."""
     registry = Registry(replicas[0])
+    _say_what_runs(replicas)
     limits, wanted, device = settings.limits, settings.contexts, registry.default.spec.device
     engine = Engine(
         [{served.id: served.model for served in replica} for replica in replicas],
@@ -99,6 +102,13 @@ def assemble(
         max_line_bytes=limits.max_line_bytes,
     )
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, threads, runner))
+
+
+def _say_what_runs(replicas: list[list[ServedModel]]) -> None:
+    devices = dict.fromkeys(replica[0].spec.device for replica in replicas)
+    BUILD.labels(version("cde-server"), version("torch"), ",".join(devices)).set(1)
+    for spec in (served.spec for served in replicas[0]):
+        MODEL.labels(spec.id, spec.family, spec.semantics, spec.dtype, spec.device, spec.revision[:12]).set(1)
 
 
 def devices_of(settings: Settings) -> list[str | None]:

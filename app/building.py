@@ -24,6 +24,7 @@ from app.errors import FirstStageUnavailable, InvalidRequest, QueueFull
 from app.payloads import id_of_candidates, id_of_documents
 from app.registry import ServedModel
 from app.selection import Minicorpus, farthest_first, repeated
+from app.telemetry.metrics import FIRST_STAGE_DOCUMENTS
 
 SLICE = 16
 """Documents of one first-stage submission: small, so that queries pass between them."""
@@ -183,6 +184,7 @@ class ContextBuilder:
         for start in range(0, len(missing), SLICE):
             some = missing[start : start + SLICE]
             vectors |= zip(some, await self._slice(served, some, payload, caller), strict=True)
+            FIRST_STAGE_DOCUMENTS.labels(served.id).inc(len(some))
             progress(min(plan.total, start + len(some)))
         return corpus, [vectors[text] for text in plan.tokens]
 

@@ -15,6 +15,7 @@ from app.errors import ContextNotFound, InvalidRequest, ServerFault, ServiceErro
 from app.registry import ServedModel
 from app.stores.base import Begun, Built, ContextStore, NewContext
 from app.stores.threads import StoreThreads
+from app.telemetry.metrics import CONTEXT_BUILDS, CONTEXTS_BUILDING
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Builds:
         if begun is Begun.OURS:
             task = asyncio.create_task(self._carry_through(served, info, plan))
             self._running[_key(info)] = task
+            CONTEXTS_BUILDING.inc()
             task.add_done_callback(lambda done: self._ended(info, done))
         return info, begun
 
@@ -129,7 +131,10 @@ class Builds:
 
     def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
         self._running.pop(_key(info), None)
+        CONTEXTS_BUILDING.dec()
         error = None if task.cancelled() else task.exception()
+        stopped = task.cancelled() or isinstance(error, (ShuttingDown, ContextNotFound))
+        CONTEXT_BUILDS.labels("stopped" if stopped else "failed" if error else "completed").inc()
         if error is not None:
             shown = None if isinstance(error, ServiceError) and not isinstance(error, ServerFault) else error
             log.error("context %s.%d failed: %s", info.name, info.version, type(error).__name__, exc_info=shown)

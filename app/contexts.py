@@ -26,6 +26,7 @@ from app.selection import select
 from app.stores.base import ContextStore
 from app.stores.errors import PayloadDamaged
 from app.stores.threads import StoreThreads
+from app.telemetry.metrics import CONTEXT_EVICTIONS, CONTEXT_USES, CONTEXTS_RESIDENT, CONTEXTS_RESIDENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,7 @@ class Contexts:
         self._threads = threads
         self._default = default
         self._names = Names(store, threads, stale_seconds=stale_seconds)
-        self._payloads: LRUCache[str, Payload] = LRUCache(
-            cache_bytes, getsizeof=lambda p: sum(a.nbytes for a in p.arrays.values()) + 1
-        )
+        self._payloads = _Resident(cache_bytes, getsizeof=lambda p: sum(a.nbytes for a in p.arrays.values()) + 1)
 
     async def resolve(
         self, served: ServedModel, ref: ContextRef, namespace: str = SHARED
@@ -100,9 +99,12 @@ class Contexts:
     async def _payload(self, info: ContextInfo) -> Payload | None:
         """None: the store has none."""
         payload = self._payloads.get(info.id)
+        source = "resident" if payload else "loaded"
         if payload is None:
             arrays = await self._threads.read(self._store.arrays, info.id)
             payload = None if arrays is None else self.keep(Payload(info.id, arrays))
+        if payload is not None:
+            CONTEXT_USES.labels(source).inc()
         return payload
 
     async def inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> InlineContext:
@@ -115,9 +117,11 @@ class Contexts:
 
         async def load() -> Payload:
             payload = self._payloads.get(plan.id)
+            source = "resident" if payload else "built"
             if payload is None:
                 outcome = await self._builder.build(served, plan, caller=caller)
                 payload = self.keep(Payload(outcome.id, outcome.arrays))
+            CONTEXT_USES.labels(source).inc()
             return payload
 
         return InlineContext(plan.id, load)
@@ -139,7 +143,17 @@ class Contexts:
         """In memory, while there is room."""
         if self._payloads.getsizeof(payload) <= self._payloads.maxsize:
             self._payloads[payload.key] = payload
+            CONTEXTS_RESIDENT.set(len(self._payloads))
+            CONTEXTS_RESIDENT_BYTES.set(self._payloads.currsize)
         return payload
+
+
+class _Resident(LRUCache[str, Payload]):
+    """Counts what it drops."""
+
+    def popitem(self) -> tuple[str, Payload]:
+        CONTEXT_EVICTIONS.inc()
+        return super().popitem()
 
 
 def check_completed(info: ContextInfo, ref: ContextRef) -> None:

@@ -19,9 +19,12 @@ from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
 from app.api.farewell import Farewell
 from app.api.intake import Intake
+from app.errors import Unavailable
 from app.lifecycle import Server
 from app.preflight import check
 from app.settings import Settings
+from app.telemetry.metrics import READY
+from app.telemetry.tracing import Tracing
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | None = None) -> ASGIApp:
@@ -30,7 +33,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[Exception], None] | 
 
 
 def application(server: Server) -> ASGIApp:
-    """The same around a `server` that the caller can also end in order. Raises ConfigError."""
+    """The same around a `server` that the caller can also end in order. Raises ConfigError, for traces without their
+    extra too."""
     settings = server.settings
     check(settings)
 
@@ -44,14 +48,20 @@ def application(server: Server) -> ASGIApp:
             with suppress(asyncio.CancelledError):
                 await starting
             await server.stop()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
+    tracing = Tracing() if settings.server.traces else None
     app = FastAPIOffline(  # its pages come from here, not from a CDN
         title="cde-server",
         summary="Contextual document embeddings behind OpenAI's embeddings API",
         version="1",
         lifespan=lifespan,
         redoc_url=None,
+        # Its own, which would also send the messages of exceptions; see app/telemetry/tracing.py.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
+    READY.set_function(lambda: _takes_requests(server))
     app.state.server = server
     app.state.settings = settings
     app.state.created = int(time.time())
@@ -71,4 +81,12 @@ def application(server: Server) -> ASGIApp:
         )
     app.add_middleware(Intake, limits=settings.limits)
     app.add_middleware(LastNet)
-    return Envelope(Farewell(app, server))
+    return Envelope(Farewell(app, server), tracing)
+
+
+def _takes_requests(server: Server) -> bool:
+    try:
+        server.check_admitted()
+    except Unavailable:
+        return False
+    return True

@@ -11,7 +11,7 @@ from app.errors import StoreError
 from app.stores.base import ContextStore
 from app.stores.errors import StoreBusy
 from app.stores.threads import StoreThreads
-from app.telemetry import STALE_CONTEXTS
+from app.telemetry.metrics import STALE_CONTEXTS
 
 NAME_SECONDS = 0.5
 """How long an answer is believed before the store is asked again; another process may have moved the name."""

@@ -5,18 +5,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from app.contexts import Contexts
-from app.domain import (
-    DEFAULT_CONTEXT,
-    ContextInfo,
-    Embeddings,
-    FloatArray,
-    InputType,
-    Payload,
-    TokenizedText,
-)
+from app.domain import DEFAULT_CONTEXT, ContextInfo, Embeddings, InputType, Payload, TokenizedText
 from app.embed_request import EmbedRequest, agreed, dimensions_of, input_type_of, quoted
 from app.errors import (
     ContextModelMismatch,
@@ -30,10 +20,11 @@ from app.errors import (
     UnknownContextNamed,
 )
 from app.registry import ModelChoice, Registry, ServedModel, parse_ref
-from app.telemetry import TOKENS
+from app.telemetry.metrics import count_embeddings
+from app.telemetry.requests import note, part
 from app.token_ids import Cl100k, VocabularyMissing
 from app.vector_cache import VectorCache
-from app.vectors import normalized
+from app.vectors import finished
 
 NO_LANGCHAIN_IDS = "Send strings instead; in LangChain: OpenAIEmbeddings(..., check_embedding_ctx_length=False)."
 
@@ -95,19 +86,23 @@ class EmbeddingService:
     async def _embed(self, request: EmbedRequest) -> Embeddings:
         choice = self.registry.choose(request.model)
         served = choice.served
+        note(model=served.id)
         dimensions = dimensions_of(served, request.dimensions)
         input_type = input_type_of(choice, request.input_types)
-        tokens = await self.tokenize(
-            served, request.texts, request.token_ids, input_type, truncate=request.truncate or self._policy.truncate
-        )
+        truncate = request.truncate or self._policy.truncate
+        with part("tokenize"):
+            tokens = await self.tokenize(served, request.texts, request.token_ids, input_type, truncate=truncate)
         prompt_tokens = sum(len(text.input_ids) for text in tokens)
+        note(inputs=len(tokens), tokens=prompt_tokens)
         if prompt_tokens > self._policy.max_tokens:
             raise TooManyTokens(
                 f"Invalid 'input': {prompt_tokens} tokens requested, at most {self._policy.max_tokens} fit in one "
                 f"request. Send fewer texts at a time.",
                 param="input",
             )
-        context = await self._context(choice, request)
+        with part("context"):
+            context = await self._context(choice, request)
+        note(context_id=context.id)
         fingerprint = served.spec.fingerprint(context.id, dimensions, normalized=request.normalize)
         if request.expect_fingerprint not in (None, fingerprint):
             raise FingerprintMismatch(
@@ -115,14 +110,14 @@ class EmbeddingService:
                 f"differ from the ones the index was made with.",
                 param="x-expect-fingerprint",
             )
-        raw = await self._vectors.embed(served, tokens, await context.load(), request.caller)
-        vectors = _finished(raw, dimensions, normalize=request.normalize)
-        compute_tokens = prompt_tokens + served.spec.context_rows * len(tokens)
-        TOKENS.labels(served.id).inc(prompt_tokens)
-        return Embeddings(
-            vectors=vectors,
+        with part("context"):
+            payload = await context.load()
+        with part("compute"):
+            raw = await self._vectors.embed(served, tokens, payload, request.caller)
+        embeddings = Embeddings(
+            vectors=finished(raw, dimensions, normalize=request.normalize),
             prompt_tokens=prompt_tokens,
-            compute_tokens=compute_tokens,
+            compute_tokens=prompt_tokens + served.spec.context_rows * len(tokens),
             truncated_inputs=[i for i, text in enumerate(tokens) if text.truncated],
             model=request.model,
             context_id=context.id,
@@ -131,6 +126,9 @@ class EmbeddingService:
             fingerprint=fingerprint,
             stale=context.stale,
         )
+        count_embeddings(served.id, len(tokens), prompt_tokens, truncated=len(embeddings.truncated_inputs))
+        note(compute_tokens=embeddings.compute_tokens, truncated=len(embeddings.truncated_inputs))
+        return embeddings
 
     async def tokenize(
         self,
@@ -206,9 +204,3 @@ class EmbeddingService:
                 param="context",
             ) from error
         return _Resolved.stored(info, payload, fell_back=name == DEFAULT_CONTEXT)
-
-
-def _finished(vectors: FloatArray, dimensions: int, *, normalize: bool) -> FloatArray:
-    """Cut first, normalised after: a slice of a unit vector is not one."""
-    cut = np.ascontiguousarray(vectors[:, :dimensions])
-    return normalized(cut) if normalize else cut

@@ -47,6 +47,10 @@ class ServerSettings(_Group):
         "reject", description="What to do with body fields nobody knows; ignore for gateways that add some"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged")
+    log_format: Literal["console", "json"] = Field("console", description="For a person, or one JSON object a line")
+    traces: bool = Field(
+        False, description="Send OpenTelemetry traces (extra `otel`); the OTEL_* environment variables say where to"
+    )
     grace_seconds: float | None = Field(
         None,
         ge=0,

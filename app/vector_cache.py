@@ -14,10 +14,12 @@ import numpy as np
 from cachetools import LRUCache
 
 from app.domain import ANYBODY, Caller, FloatArray, Payload, Stage, TokenizedText
+from app.engine.batching import Timing
 from app.engine.engine import Engine
 from app.errors import ServiceError
 from app.registry import ServedModel
-from app.telemetry import COMPUTE_TOKENS, VECTOR_CACHE, VECTOR_CACHE_BYTES
+from app.telemetry.metrics import COMPUTE_TOKENS, VECTOR_CACHE, VECTOR_CACHE_BYTES
+from app.telemetry.requests import record_engine
 
 Key = bytes
 FEW = 32
@@ -32,6 +34,7 @@ class _Flight:
     """Texts on the device together, and how many requests wait for them."""
 
     rows: "asyncio.Future[FloatArray]"
+    timing: Timing
     waiting: int = 0
 
 
@@ -73,6 +76,7 @@ class VectorCache:
         self._count(len(texts), shared=len(flights), computed=len(missing))
         own = self._take_off(served, missing, context, caller) if missing else {}
         rows, failed = await self._landed(flights | own)
+        _record(own)
         borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in own}
         if borrowed and len(borrowed) == len(failed):  # another request's text may have been to blame
             again = self._take_off(served, borrowed, context, caller)
@@ -89,11 +93,12 @@ class VectorCache:
         self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, caller: Caller
     ) -> dict[Key, tuple[_Flight, int]]:
         texts = list(missing.values())
-        future = self._engine.submit(served.id, Stage.SECOND, texts, context, caller=caller)
+        timing = Timing()
+        future = self._engine.submit(served.id, Stage.SECOND, texts, context, caller=caller, timing=timing)
         COMPUTE_TOKENS.labels(served.id).inc(
             sum(len(text.input_ids) + served.spec.context_rows for text in missing.values())
         )
-        flight = _Flight(asyncio.wrap_future(future))
+        flight = _Flight(asyncio.wrap_future(future), timing)
         placed = {key: (flight, index) for index, key in enumerate(missing)}
         if not caller.background:  # a caller who waits is not to wait behind the background
             self._flying |= placed
@@ -140,6 +145,14 @@ class VectorCache:
         VECTOR_CACHE.labels("computed").inc(computed)
         VECTOR_CACHE.labels("shared").inc(shared)
         VECTOR_CACHE.labels("hit").inc(texts - shared - computed)
+
+
+def _record(own: dict[Key, tuple[_Flight, int]]) -> None:
+    """Where the time of texts computed for this request went."""
+    for flight in {flight for flight, _ in own.values()}:
+        timing = flight.timing
+        if timing.started_at is not None:
+            record_engine(timing.started_at - timing.queued_at, timing.forward_seconds, texts=len(own))
 
 
 def _size(row: FloatArray) -> int:

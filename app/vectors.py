@@ -6,6 +6,12 @@ import numpy.typing as npt
 from app.domain import FloatArray
 
 
+def finished(vectors: FloatArray, dimensions: int, *, normalize: bool) -> FloatArray:
+    """Cut first, normalised after: a slice of a unit vector is not one."""
+    cut = np.ascontiguousarray(vectors[:, :dimensions])
+    return normalized(cut) if normalize else cut
+
+
 def normalized(vectors: FloatArray) -> FloatArray:
     """Rows (n, D) of unit L2 length, float32; the norm in float64. A zero row stays zero."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)

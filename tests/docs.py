@@ -1,17 +1,22 @@
-"""The README's tables and the OpenAPI page, made from the code: `python -m tests.docs [openapi]` prints them."""
+"""Tables of README and docs/metrics.md and the OpenAPI page, made from the code, printed by
+`python -m tests.docs [openapi|metrics]`."""
 
 import asyncio
 import json
 import sys
+from types import ModuleType
 from typing import Any
 
 import httpx
+from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from app.api.openai_errors import FRAMEWORK, INVALID, TABLE
+from app.engine import metrics as engine_metrics
 from app.main import create_app
 from app.settings import ModelSettings, Settings
+from app.telemetry import metrics
 
 
 def settings_rows() -> list[str]:
@@ -45,6 +50,17 @@ def error_rows() -> list[str]:
     return ["| status | type | code | when |", "|---|---|---|---|", *lines]
 
 
+def metric_rows(module: ModuleType = metrics) -> list[str]:
+    """One row for each metric of app/telemetry/metrics.py, or of the engine's module, in its order."""
+    rows = ["| metric | type | labels | |", "|---|---|---|---|"]
+    for metric in vars(module).values():
+        if isinstance(metric, MetricWrapperBase):
+            name = f"{metric._name}_total" if metric._type == "counter" else metric._name
+            labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+            rows.append(f"| `{name}` | {metric._type} | {labels} | {metric._documentation} |")
+    return rows
+
+
 def openapi_page() -> str:
     """/openapi.json as it is committed."""
 
@@ -58,4 +74,8 @@ def openapi_page() -> str:
 
 if __name__ == "__main__":
     tables = "\n".join([*settings_rows(), "", *error_rows(), ""])
-    sys.stdout.write(openapi_page() if sys.argv[1:] == ["openapi"] else tables)
+    pages = {
+        "openapi": openapi_page,
+        "metrics": lambda: "\n".join([*metric_rows(), "", *metric_rows(engine_metrics), ""]),
+    }
+    sys.stdout.write(pages[sys.argv[1]]() if sys.argv[1:] else tables)

@@ -14,6 +14,7 @@ from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, s
 from app.domain import Caller, Embeddings
 from app.embed_request import EmbedRequest
 from app.settings import LimitSettings
+from app.telemetry.requests import part
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
 
@@ -56,10 +57,11 @@ async def create_embeddings(
         expect_fingerprint=x_expect_fingerprint,
     )
     embeddings = await while_connected(http, service.embed(request))
-    if len(embeddings.vectors) <= SMALL:
-        content = embeddings_body(embeddings, body.encoding_format)
-    else:
-        content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
+    with part("render"):
+        if len(embeddings.vectors) <= SMALL:
+            content = embeddings_body(embeddings, body.encoding_format)
+        else:
+            content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
     return Response(content, media_type="application/json", headers=_headers(embeddings))
 
 

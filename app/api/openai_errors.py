@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from app import errors
 from app.api.schemas import ORJSONResponse
+from app.telemetry.metrics import ERRORS
+from app.telemetry.requests import note
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ FRAMEWORK = {
     405: ("method_not_supported", "The URL is right, the method is not; `Allow` names the right ones."),
 }
 
+NO_CODE = "none"
+"""How a metric calls the code null."""
+
 INTERNAL = "The server had an error while processing your request. Its log has the details under the x-request-id."
 
 
@@ -70,6 +75,8 @@ def error_response(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
+    if code is not None:
+        note(code=code)
     body = {"error": {"message": _sayable(message), "type": kind, "param": param and _sayable(param), "code": code}}
     return ORJSONResponse(body, status_code=status, headers=dict(headers or {}))
 
@@ -132,6 +139,9 @@ def install(app: FastAPI) -> None:
         message = f"Invalid '{param}': {problem['msg'][:1].lower()}{problem['msg'][1:]}."
         return error_response(400, INVALID, None, message, param=param)
 
+    own = [(status, code) for status, _, code in TABLE.values()]
+    for status, code in [*own, *((status, code) for status, (code, _) in FRAMEWORK.items())]:
+        ERRORS.labels(status, code or NO_CODE)  # there from the start, so that the first one is an increase
     app.add_exception_handler(errors.ServiceError, known)
     app.add_exception_handler(RequestValidationError, query)
     app.add_exception_handler(errors.StoreError, known)

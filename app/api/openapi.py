@@ -60,7 +60,7 @@ STREAMS = {
     ("get", "/v1/contexts/{ref}/embeddings"): (SAFETENSORS, NPY),
     ("get", "/v1/contexts/{ref}/documents"): ("application/x-ndjson",),
     ("get", "/v1/files/{file_id}/content"): ("application/jsonl",),
-    ("get", "/metrics"): ("text/plain",),
+    ("get", "/metrics"): ("text/plain", "application/openmetrics-text"),
 }
 STATUSES = {
     ("post", "/v1/contexts"): {
@@ -94,6 +94,7 @@ OF_EMBEDDINGS = {
     "x-context-name": "Its name, where it has one",
     "x-embedding-fingerprint": "Equal fingerprints, comparable vectors",
     "x-compute-tokens": "Tokens as computed, context rows counted",
+    "Server-Timing": "Milliseconds of each part: tokenize, context, compute (queue and forward in it), render, total",
     "x-truncated-inputs": "Which inputs were cut: 0,5",
     "Warning": "Where the default context answered",
 }

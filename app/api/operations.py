@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import REGISTRY, exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from app.api.auth import AnyKey, CanEmbed
 from app.api.body import json_body
@@ -75,8 +76,10 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics")
-async def metrics() -> Response:
-    return Response(await asyncio.to_thread(generate_latest), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, or OpenMetrics where that is asked for."""
+    wanted = openmetrics if "application/openmetrics-text" in request.headers.get("accept", "") else exposition
+    return Response(await asyncio.to_thread(wanted.generate_latest, REGISTRY), media_type=wanted.CONTENT_TYPE_LATEST)
 
 
 @served.get("/info")

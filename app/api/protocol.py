@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from app.api.openai_errors import TABLE, response_of
 from app.errors import HeadersTooLarge, InvalidRequest, RequestTimeout, ServiceError, TooManyConnections
 from app.settings import LimitSettings
-from app.telemetry import CONNECTIONS_CUT
+from app.telemetry.metrics import CONNECTIONS_CUT
 
 MAX_HEADERS = 256
 """However short, each takes some hundred bytes of memory."""

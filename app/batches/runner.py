@@ -22,7 +22,8 @@ from app.stores.batches import SqlBatchStore
 from app.stores.errors import PayloadDamaged
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
-from app.telemetry import BATCH_LINES, BATCHES_RUNNING
+from app.telemetry.metrics import BATCH_LINES, BATCHES_RUNNING
+from app.telemetry.requests import RequestRecord, current
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +159,13 @@ class BatchRunner:
             yield window
 
     async def _result(self, batch: BatchInfo, line: Line, stopped: asyncio.Event) -> LineResult | None:
+        request = RequestRecord(f"req_{uuid.uuid4().hex}")
+        current.set(request)  # this line's task has a context of its own: what it logs has the id of its answer
         answered = await self._patiently(line.body, batch.namespace, stopped)
         if answered is None:
             return None
         status, body = answered
-        response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": orjson.Fragment(body)}
+        response = {"status_code": status, "request_id": request.id, "body": orjson.Fragment(body)}
         answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response}
         return LineResult(
             line.number, status < 400, orjson.dumps(answer | {"error": None}, option=orjson.OPT_APPEND_NEWLINE)

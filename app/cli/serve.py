@@ -15,7 +15,7 @@ from app.preflight import check
 from app.serving import allow_files
 from app.settings import Settings
 from app.settings_sources import load_settings
-from app.telemetry import configure_logging
+from app.telemetry.logs import configure_logging
 
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
@@ -64,7 +64,7 @@ def check_config(config: ConfigOption = None) -> None:
 
 def run(settings: Settings) -> None:
     """Serves until a signal comes. Raises what kept it from starting, or from going on."""
-    configure_logging(settings.server.log_level)
+    configure_logging(settings.server.log_level, settings.server.log_format)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:

@@ -12,8 +12,16 @@ QUEUE_JOBS = Gauge("cde_queue_jobs", "Texts that wait", ["lane"])
 QUEUE_AGE = Gauge("cde_queue_age_seconds", "Since when the oldest request that waits does", ["lane"])
 QUEUE_WAIT = Histogram("cde_queue_wait_seconds", "From admission to the first forward", ["lane"], buckets=SECONDS)
 RUNNING_TOKENS = Gauge("cde_running_tokens", "Tokens as computed in the batches that run")
-REFUSED = Counter("cde_admission_refused_total", "Requests not taken into the queue", ["reason"])
-CANCELLED = Counter("cde_cancelled_texts_total", "Texts that were not computed: nobody waited any more", ["state"])
+REFUSED = Counter(
+    "cde_admission_refused_total",
+    "Requests not taken into the queue: `full`, `deadline`, `shutting_down`, `unavailable`",
+    ["reason"],
+)
+CANCELLED = Counter(
+    "cde_cancelled_texts_total",
+    "Texts whose caller had gone: `queued` (not computed), `running` (computed for nobody)",
+    ["state"],
+)
 
 BATCH_ROWS = Histogram("cde_batch_rows", "Texts in a batch", ["stage"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256))
 BATCH_TOKENS = Histogram(
@@ -22,10 +30,12 @@ BATCH_TOKENS = Histogram(
 PADDING = Counter("cde_padding_tokens_total", "Tokens a padded batch has beyond its texts'", ["stage"])
 FORWARDS = Counter("cde_forwards_total", "Batches run", ["stage"])
 FORWARD_SECONDS = Histogram("cde_forward_seconds", "Of one batch", ["stage"], buckets=SECONDS)
-FAILED = Counter("cde_forwards_failed_total", "Batches that raised, or gave NaN or infinity", ["reason"])
+FAILED = Counter("cde_forwards_failed_total", "Batches that failed: `error`, `oom`; texts: `non_finite`", ["reason"])
 OOM_SPLITS = Counter("cde_oom_splits_total", "Batches halved for want of memory")
 BUDGET = Gauge("cde_batch_budget_tokens", "Tokens of one batch that are known to fit", ["device"])
-NON_FINITE = Counter("cde_non_finite_total", "Vectors with NaN or infinity, by what came of them", ["outcome"])
+NON_FINITE = Counter(
+    "cde_non_finite_total", "Vectors with NaN or infinity: `recomputed` in float32, `failed`", ["outcome"]
+)
 
 RESTARTS = Counter("cde_worker_restarts_total", "Device workers that died and were started again", ["device"])
 WORKERS = Gauge("cde_workers_alive", "Device workers that run")
@@ -37,6 +47,13 @@ _SHOWN = {lane: (QUEUE_TOKENS.labels(lane), QUEUE_JOBS.labels(lane), QUEUE_AGE.l
 WAITED = {lane: QUEUE_WAIT.labels(lane) for lane in Lane}
 for _reason in ("full", "deadline", "shutting_down", "unavailable"):
     REFUSED.labels(_reason)
+
+for _state in ("queued", "running"):
+    CANCELLED.labels(_state)
+for _reason in ("error", "oom", "non_finite"):
+    FAILED.labels(_reason)
+for _outcome in ("recomputed", "failed"):
+    NON_FINITE.labels(_outcome)
 
 
 def show_queue(waiting: WaitingJobs, running_tokens: int, now: float) -> None:

@@ -16,9 +16,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemy
 
 from app.errors import StoreError
 from app.stores import postgresql, sqlite
-from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
+from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly, StoreRefuses
 from app.stores.faults import Faults, fault_of, words_of
 from app.stores.threads import StoreThreads
+from app.telemetry.metrics import STORE_FAILURES, STORE_RETRIES, STORE_SECONDS
 
 T = TypeVar("T")
 
@@ -52,11 +53,15 @@ class Database:
         """One transaction that writes nothing. Raises StoreError."""
         self._faults.check()
         try:
-            with self.engine.connect() as connection, connection.execution_options(immediate=False).begin():
+            with (
+                STORE_SECONDS.labels("read").time(),
+                self.engine.connect() as connection,
+                connection.execution_options(immediate=False).begin(),
+            ):
                 self._faults.reached()
                 yield connection
         except SQLAlchemyError as error:
-            raise self._fault(error) from error
+            raise self._fault(error, "read") from error
         except ValueError as error:  # a column holds no JSON, no time, no text
             raise self._noted(StoreDamaged(f"The context store holds a row that cannot be read: {error}")) from error
 
@@ -65,6 +70,10 @@ class Database:
         self._faults.check()
         if self._faults.has(StoreReadOnly):
             self.engine.dispose()
+        with STORE_SECONDS.labels("write").time():
+            return self._write(work)
+
+    def _write(self, work: Callable[[Connection], T]) -> T:
         for attempt in range(ATTEMPTS):
             try:
                 with self.engine.connect() as connection, connection.execution_options(immediate=True).begin():
@@ -72,16 +81,18 @@ class Database:
                     result = work(connection)
             except SQLAlchemyError as error:
                 if not is_conflict(error) or attempt == ATTEMPTS - 1:
-                    raise self._fault(error) from error
+                    raise self._fault(error, "write") from error
+                STORE_RETRIES.inc()
                 time.sleep(PAUSE_SECONDS * attempt * random.random())  # noqa: S311 - not the same ones again at once
             else:
                 self._faults.written()
                 return result
         raise AssertionError("the last attempt returns or raises")
 
-    def _fault(self, error: SQLAlchemyError) -> StoreError:
+    def _fault(self, error: SQLAlchemyError, operation: str) -> StoreError:
+        STORE_FAILURES.labels(operation).inc()
         if isinstance(error, IntegrityError):  # the caller's, not the database's
-            return StoreError(f"The context store refuses a row: {type(error).__name__}")
+            return StoreRefuses(f"The context store refuses a row: {_rule(error)}")
         fault = fault_of(error, self._file)
         if not isinstance(fault, StoreBusy | StoreFull):
             # A connection keeps what it found: a server that is gone, a standby, a file without the right to write.
@@ -91,6 +102,12 @@ class Database:
     def _noted(self, fault: StoreError) -> StoreError:
         self._faults.begin(fault)
         return fault
+
+
+def _rule(error: IntegrityError) -> str:
+    """Which one was broken, without the row: PostgreSQL's details would show it."""
+    primary: str | None = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+    return primary or str(error.orig)
 
 
 def parsed_url(url: str) -> URL:

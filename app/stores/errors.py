@@ -5,6 +5,7 @@ StoreError
 ├── StoreBusy
 ├── StoreFull
 ├── StoreReadOnly
+├── StoreRefuses
 ├── StoreDamaged
 └── PayloadDamaged
 """
@@ -46,6 +47,14 @@ class StoreReadOnly(StoreError):
         "What is stored can be read and used."
     )
     retry_after = 10.0
+
+
+class StoreRefuses(StoreError):
+    """A row breaks a rule of the database, again and again: no other writer is to blame, and no time will help."""
+
+    kind = "refused"
+    answer = "The context store refuses what was to be stored; the server's log says why."
+    passes = False
 
 
 class StoreDamaged(StoreError):

@@ -12,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.errors import StoreError
 from app.stores.errors import StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly
-from app.telemetry import STORE_FAULT
+from app.telemetry.metrics import STORE_FAULT
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def start_process(folder: Path, *options: str, model: str = V1) -> tuple["subpro
     while time.monotonic() < deadline and process.poll() is None:
         text = log.read_bytes()[offset:].decode()
         if "ready after" in text:
-            return process, "http://" + text.split("http://")[1].split()[0]
+            return process, re.findall(r"http://[\d.:]+\d", text)[0]
         time.sleep(0.05)
     raise AssertionError(log.read_text())
 

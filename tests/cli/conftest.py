@@ -1,6 +1,5 @@
 """Commands run in the test's own process: what they change of it is put back."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,18 +7,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app.cli.main import app
+from tests.own_logging import own_logging
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
+def logging_of_the_process() -> Iterator[None]:
     """A command logs to the stream that was its stderr, which is closed behind it."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with own_logging():
+        yield
 
 
 @pytest.fixture
