@@ -10,6 +10,7 @@ between; `contexts check` finds nothing.
 import argparse
 import os
 import random
+import re
 import sys
 import tempfile
 import threading
