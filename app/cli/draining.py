@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3
 """For answers that are written, and not yet read by their client."""
+LAST_CALL_SECONDS = 0.2
+"""The port is closed, and who is connected already is still told that the server is going."""
 BACKLOG = 2048
 
 
@@ -78,6 +80,9 @@ class DrainingServer(uvicorn.Server):
         if taken:
             _, left = await asyncio.wait(taken, timeout=self._drain)
             await self._give_up(left)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_CALL_SECONDS)
         self.should_exit = True
 
     async def _give_up(self, left: set[asyncio.Task[None]]) -> None:
