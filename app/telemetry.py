@@ -21,9 +21,7 @@ BATCH_LINES = Counter("cde_batch_lines_total", "Lines of batches answered", ["ou
 BATCHES_RUNNING = Gauge("cde_batches_running", "Batches this process runs")
 
 STORE_FAULT = Gauge("cde_store_fault", "1 while the context store has this fault", ["kind"])
-STALE_CONTEXTS = Counter(
-    "cde_stale_contexts_total", "Requests under what was last known of a context, as the store did not answer"
-)
+STALE_CONTEXTS = Counter("cde_stale_contexts_total", "Requests under what was last known of a context")
 
 
 class _RequestId(logging.Filter):
