@@ -100,8 +100,8 @@ def _payloads(
 
 
 def _label(context_id: str, held_by: Sequence[ContextInfo]) -> str:
-    versions_ = ", ".join(f"{info.name}.{info.version} of {info.space.model}" for info in held_by)
-    return f"context {context_id} ({versions_})"
+    held = ", ".join(f"{info.name}.{info.version} of {info.space.model}" for info in held_by)
+    return f"context {context_id} ({held or 'of a version that cannot be read'})"
 
 
 def _payload_problem(row: RowMapping | Exception | None, held_by: Sequence[ContextInfo]) -> str | None:
