@@ -27,7 +27,7 @@ def check(
     """
     with messages.status("reading the store"):
         report = check_store(load_settings({}, config).database_url)
-    counts = ", ".join(f"{count} {what}" for what, count in report.checked.items()) or "nothing"
+    counts = ", ".join(f"{count} {what}" for what, count in report.checked.items())
     if as_json:
         found = {"ok": not report.findings, "checked": report.checked, "findings": [asdict(f) for f in report.findings]}
         Console(soft_wrap=True).print_json(orjson.dumps(found).decode())

@@ -109,12 +109,12 @@ def _pointed_status(connection: Connection, space: Space, name: str) -> str | No
 
 
 def _keep(connection: Connection, context_id: str, data: bytes, documents: bytes | None) -> None:
-    """The payload, unless it is there; documents are added to one that has none."""
+    """The payload, unless it is there and whole; documents are added to one that has none."""
     row = connection.execute(select(payloads).where(payloads.c.id == context_id).with_for_update()).mappings().first()
     if row is None:
         connection.execute(insert(payloads).values(id=context_id))
     content: dict[str, Any] = {}
-    if row is None or row["data"] is None:
+    if row is None or row["data"] is None or hashlib.sha256(row["data"]).hexdigest() != row["sha256"]:
         content |= {"data": data, "sha256": hashlib.sha256(data).hexdigest()}
     if documents is not None and (row is None or row["documents"] is None):
         content["documents"] = documents

@@ -80,9 +80,7 @@ STORE_FAILURES = Counter("cde_store_failures_total", "Transactions the database 
 STORE_RETRIES = Counter("cde_store_retries_total", "Writes begun anew because another writer was in the way")
 
 STORE_FAULT = Gauge("cde_store_fault", "1 while the context store has this fault", ["kind"])
-STALE_CONTEXTS = Counter(
-    "cde_stale_contexts_total", "Requests under what was last known of a context, as the store did not answer"
-)
+STALE_CONTEXTS = Counter("cde_stale_contexts_total", "Requests under what was last known of a context")
 
 CONNECTIONS_CUT = Counter("cde_connections_cut_total", "Connections refused or cut for the limits' sake", ["reason"])
 

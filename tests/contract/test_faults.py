@@ -187,6 +187,19 @@ def test_damaged_arrays_are_noticed_and_others_are_not_affected(url: str) -> Non
         assert store.arrays(FIRST) is not None
 
 
+def test_damaged_arrays_are_mended_by_creating_them_again(url: str) -> None:
+    """Also for the other names that hold the same content."""
+    with store_at(url) as store:
+        put(store, "twin", 1)
+        execute(url, f"UPDATE payloads SET sha256 = 'x' WHERE id = '{FIRST}'")
+        assert store.delete_name(M, "legal")
+        with pytest.raises(PayloadDamaged):
+            store.arrays(FIRST)
+        put(store, "legal", 1)
+        assert store.arrays(FIRST) is not None
+        assert [store.get(M, parse_ref(name)) is not None for name in ("legal", "twin")] == [True, True]
+
+
 def test_damaged_documents_are_noticed(url: str) -> None:
     with store_at(url) as store:
         info, _ = store.begin(new_context("more", 2))

@@ -83,13 +83,13 @@ def _pointing(name: str, row: RowMapping, there: Sequence[ContextInfo]) -> Itera
 def _payloads(
     connection: Connection, holders: dict[str, list[ContextInfo]], checked: dict[str, int]
 ) -> Iterator[Finding]:
-    seen = set()
+    seen, held = set(), set(connection.scalars(select(versions.c.id)))  # by versions that cannot be read as well
     for context_id in connection.scalars(select(payloads.c.id).order_by(payloads.c.id)).all():
         seen.add(context_id)
-        held_by = holders.get(context_id, [])
-        if not held_by:
+        if context_id not in held:
             yield Finding(f"arrays {context_id}", "No version holds them.", only_room(payloads, "id", context_id))
             continue
+        held_by = holders.get(context_id, [])
         row = one(connection, select(payloads).where(payloads.c.id == context_id))
         checked["arrays"] += 1
         problem = _payload_problem(row, held_by)
@@ -100,8 +100,8 @@ def _payloads(
 
 
 def _label(context_id: str, held_by: Sequence[ContextInfo]) -> str:
-    versions_ = ", ".join(f"{info.name}.{info.version} of {info.space.model}" for info in held_by)
-    return f"context {context_id} ({versions_})"
+    held = ", ".join(f"{info.name}.{info.version} of {info.space.model}" for info in held_by)
+    return f"context {context_id} ({held or 'of a version that cannot be read'})"
 
 
 def _payload_problem(row: RowMapping | Exception | None, held_by: Sequence[ContextInfo]) -> str | None:

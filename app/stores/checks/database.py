@@ -108,4 +108,5 @@ def _tables(connection: Connection, _checked: dict[str, int]) -> Iterator[Findin
     found, wanted = MigrationContext.configure(connection).get_current_revision(), newest_migration()
     if found != wanted:
         problem = f"Its tables are of version {found}; this cde-server works with {wanted}."
-        yield Finding("the database", problem, "Start a server of this version once; it brings them up to date.")
+        remedy = "Start a server of this version once, which brings older tables up to date; for newer ones use theirs."
+        yield Finding("the database", problem, remedy)

@@ -29,7 +29,8 @@ class Report:
 
 def only_room(table: Table, column: str, value: str) -> str:
     """The remedy for what belongs to nothing."""
-    return f"It only takes up room: DELETE FROM {table.name} WHERE {column} = '{value}'."  # noqa: S608 - to be read
+    statement = f"DELETE FROM {table.name} WHERE {column} = '{value}'"  # noqa: S608 - to be read
+    return f"Where nothing else is wrong, it only takes up room: {statement}."
 
 
 def one(connection: Connection, query: Select[Any]) -> RowMapping | Exception | None:
