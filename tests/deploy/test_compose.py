@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from app.cli.serve import DRAIN_SECONDS, KEEP_ALIVE_SECONDS
-from app.settings import LimitSettings, load_settings
+from app.cli.draining import KEEP_ALIVE_SECONDS
+from app.settings import LimitSettings, ServerSettings
+from app.settings_sources import load_settings
 
 compose_spec = pytest.importorskip("compose_spec", reason="pip install -e '.[deploy]'")
 
@@ -99,8 +100,9 @@ def test_the_servers_settings_are_settings(
 
 
 def test_replicas_end_before_docker_ends_them(services: dict[str, Any]) -> None:
+    server = ServerSettings(host="0.0.0.0", allow_unauthenticated=True)
     for name in SERVERS:
-        assert int(services[name]["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) >= server.grace + server.drain_seconds + 10
 
 
 def test_the_gateway_knows_the_services_limits() -> None:
