@@ -75,6 +75,11 @@ class Gateway:
         """The access log so far."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
+    def first(self, path: str) -> dict[str, Any]:
+        """The first entry of a path; nginx writes it when the answer is gone."""
+        self._until(lambda: path in self._log.read_text())
+        return next(entry for entry in self.entries() if entry["path"] == path)
+
     def logs(self) -> str:
         return self._log.read_text() + self._errors.read_text()
 
