@@ -54,7 +54,11 @@ class Gateway:
         command = [NGINX, "-p", f"{self._folder}/", "-c", str(self._config / "nginx.conf"), "-e", "stderr"]
         with self._log.open("wb") as out, self._errors.open("wb") as errors:
             self._process = subprocess.Popen([*command, "-g", "daemon off;"], stdout=out, stderr=errors)
-        self._until(self._answers)
+        try:
+            self._until(self._answers)
+        except AssertionError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -72,12 +76,13 @@ class Gateway:
         self._until(lambda: bool(self._workers() - before))
 
     def entries(self) -> list[dict[str, Any]]:
-        """The access log so far."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        """The access log so far, in whole lines."""
+        whole, _, _ = self._log.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def first(self, path: str) -> dict[str, Any]:
         """The first entry of a path; nginx writes it when the answer is gone."""
-        self._until(lambda: path in self._log.read_text())
+        self._until(lambda: any(entry["path"] == path for entry in self.entries()))
         return next(entry for entry in self.entries() if entry["path"] == path)
 
     def logs(self) -> str:
