@@ -37,6 +37,7 @@ class Gateway:
         self._folder = Path(self._temporary.name)
         self._folder.chmod(0o755)
         self._config, self._log = self._folder / "config", self._folder / "access.log"
+        self._errors = self._folder / "error.log"
         shutil.copytree(CONFIG, self._config)
         (self._config / "listen.conf").write_text(f"listen 127.0.0.1:{self.port};\n")
         if tls is not None:
@@ -51,9 +52,13 @@ class Gateway:
     def __enter__(self) -> Self:
         assert NGINX is not None
         command = [NGINX, "-p", f"{self._folder}/", "-c", str(self._config / "nginx.conf"), "-e", "stderr"]
-        with self._log.open("wb") as out, (self._folder / "error.log").open("wb") as errors:
+        with self._log.open("wb") as out, self._errors.open("wb") as errors:
             self._process = subprocess.Popen([*command, "-g", "daemon off;"], stdout=out, stderr=errors)
-        self._until(self._answers)
+        try:
+            self._until(self._answers)
+        except AssertionError:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -71,12 +76,17 @@ class Gateway:
         self._until(lambda: bool(self._workers() - before))
 
     def entries(self) -> list[dict[str, Any]]:
-        """The access log so far."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        """The access log so far, in whole lines."""
+        whole, _, _ = self._log.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
-    @property
-    def errors(self) -> str:
-        return (self._folder / "error.log").read_text()
+    def first(self, path: str) -> dict[str, Any]:
+        """The first entry of a path; nginx writes it when the answer is gone."""
+        self._until(lambda: any(entry["path"] == path for entry in self.entries()))
+        return next(entry for entry in self.entries() if entry["path"] == path)
+
+    def logs(self) -> str:
+        return self._log.read_text() + self._errors.read_text()
 
     def _write(self, replicas: Sequence[str]) -> None:
         """upstream.conf with these servers instead of the name that Docker's DNS knows."""
@@ -99,8 +109,8 @@ class Gateway:
     def _until(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
         while not holds():
-            assert self._process.poll() is None, self.errors
-            assert time.monotonic() < deadline, self.errors
+            assert self._process.poll() is None, self.logs()
+            assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)
 
 

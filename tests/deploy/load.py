@@ -31,6 +31,7 @@ class Load:
     """Use as a context manager: it runs inside the block, and every request has ended behind it."""
 
     base_url: str
+    key: str
     models: list[str]
     """Names to choose from, with their contexts. May grow while the load runs."""
     texts: Sequence[str]
@@ -56,7 +57,7 @@ class Load:
     async def _run(self) -> None:
         choose = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
-        async with openai.AsyncOpenAI(base_url=self.base_url, api_key="none", timeout=60) as client:
+        async with openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, timeout=60) as client:
             due = time.monotonic()
             while not self._ended.is_set():
                 due += choose.expovariate(self.rate)

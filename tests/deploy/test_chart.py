@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from app.cli.draining import longest_end
-from app.settings import ServerSettings
+from app.domain import Lane
 from app.settings_sources import load_settings
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[deploy]'")
@@ -132,21 +132,19 @@ def test_the_servers_settings_are_settings(
         (tmp_path / "cde-server.toml").write_text(objects["ConfigMap"]["data"]["cde-server.toml"])
     settings = load_settings()
     assert settings.engine.devices == (("cuda:0", "cuda:1") if values.get("gpus") else ())
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > longest_end(settings.server)
     assert (settings.server.keys_file is None) is bool(values.get("allowUnauthenticated"))
     assert settings.database_url.startswith("postgresql" if "database.existingSecret" in values else "sqlite")
 
 
-def test_pods_are_locked_down_and_get_the_time_to_drain() -> None:
+def test_pods_are_locked_down() -> None:
     objects = rendered(CASES["as it comes"])
     pod, server = objects["Deployment"]["spec"]["template"]["spec"], container(objects)
     assert pod["securityContext"]["runAsNonRoot"]
     assert not pod["automountServiceAccountToken"]
     assert server["securityContext"]["readOnlyRootFilesystem"]
     assert server["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    waits = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > waits + longest_end(
-        ServerSettings(host="0.0.0.0", allow_unauthenticated=True)
-    )
 
 
 def test_gpus_and_the_image_that_can_use_them() -> None:
@@ -157,7 +155,8 @@ def test_gpus_and_the_image_that_can_use_them() -> None:
 
 def test_the_autoscaler_looks_at_the_queue_and_at_the_cpu() -> None:
     metrics = rendered(CASES["autoscaled GPUs"])["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert metrics[0]["pods"]["metric"]["name"] == "cde_queue_age_seconds"
+    metric = metrics[0]["pods"]["metric"]
+    assert metric == {"name": "cde_queue_age_seconds", "selector": {"matchLabels": {"lane": Lane.INTERACTIVE}}}
     assert metrics[0]["pods"]["target"]["averageValue"] == "500m"
     assert metrics[1]["resource"]["name"] == "cpu"
 

@@ -119,7 +119,7 @@ def test_request_ids(gateway: str, given: str, passes: bool) -> None:
 def test_replicas_learn_the_gateways_request_id() -> None:
     with Stub(200) as replica, Gateway([replica.address]) as running:
         httpx.post(f"{running.url}{EMBEDDINGS}", json=BODY)
-        (entry,) = (entry for entry in running.entries() if entry["path"] == EMBEDDINGS)
+        entry = running.first(EMBEDDINGS)
     assert replica.heard[0].headers["x-request-id"] == entry["request_id"]
     assert entry["request_id"].startswith("req_")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.deploy.gateway import needs_nginx
-from tests.deploy.twin import live, started_twin
+from tests.deploy.twin import KEY, PASSWORD, TEXTS, live, started_twin
 from tests.postgres import new_database
 
 
@@ -12,7 +12,10 @@ def test_a_fleet_loses_nothing(postgres: str, tmp_path: Path) -> None:
     with started_twin(tmp_path, new_database(postgres)) as twin:
         shares = live(twin, seconds=7, roll=False)
         assert twin.check_vectors() > 100
+        logs = twin.logs()
     assert twin.load.failures == []
     assert len(twin.load.answers) == twin.load.sent
     assert len(shares) == 3
     assert min(shares.values()) > sum(shares.values()) / 6
+    assert len(logs) > 1000
+    assert [secret for secret in (KEY, PASSWORD, *TEXTS) if secret in logs] == []

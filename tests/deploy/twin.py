@@ -15,22 +15,28 @@ from typing import Any
 
 import httpx
 import numpy as np
+from sqlalchemy.engine import make_url
 
+from app.api.auth import ALL_SCOPES
 from app.domain import InputType
 from app.payloads import from_safetensors
+from tests.api.test_auth import entry
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
 from tests.deploy.gateway import Gateway
 from tests.deploy.load import Answer, Load
-from tests.deploy.replica import Replica
 from tests.live import V1
 from tests.models.conftest import embed, load_golden, tokenized
 from tests.postgres import new_database, postgres_server
+from tests.processes import ServerProcess
 
 RATE = 20.0
 TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS + COOKING)]
 CORPORA = {"animals": ANIMALS, "cooking": COOKING}
 MOVED = "everywhere"
+KEY, PASSWORD = "cde-a-key-that-no-log-may-show", "a-password-that-no-log-may-show"
+COMPARED = 30
+DRAINED_SECONDS = 60
 
 
 class Twin:
@@ -38,24 +44,34 @@ class Twin:
 
     def __init__(self, folder: Path, database: str, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        self._settings = {"CDE__CONTEXTS__DATABASE_URL": database, "CDE__LIMITS__VECTOR_CACHE_BYTES": "0"}
-        self._started = 0
+        (folder / "keys.toml").write_text(entry("twin", KEY, *ALL_SCOPES))
+        with_password = make_url(database).set(password=PASSWORD)  # which this PostgreSQL does not ask for
+        self._settings = {
+            "CDE__CONTEXTS__DATABASE_URL": with_password.render_as_string(hide_password=False),
+            "CDE__LIMITS__VECTOR_CACHE_BYTES": "0",
+            "CDE__SERVER__KEYS_FILE": str(folder / "keys.toml"),
+            "CDE__SERVER__GRACE_SECONDS": "1",
+        }
+        self._all: list[ServerProcess] = []
         started = [self._start() for _ in range(3)]
-        self.replicas = [replica.wait_ready() for replica in started]
+        self.replicas = [replica.when_ready() for replica in started]
+        self._http = stack.enter_context(httpx.Client(timeout=60, headers={"Authorization": f"Bearer {KEY}"}))
         self.gateway = stack.enter_context(Gateway(self._addresses()))
         for name, documents in CORPORA.items():
             self._create(self.gateway.url, name, documents)
-        self.load = Load(f"{self.gateway.url}/v1", [f"{V1}@{name}" for name in CORPORA], TEXTS, RATE)
+        self.load = Load(f"{self.gateway.url}/v1", KEY, [f"{V1}@{name}" for name in CORPORA], TEXTS, RATE)
         self.steps: list[tuple[str, float]] = []
         """What was done, and when it began (`time.monotonic()`)."""
 
     def steady(self, seconds: float) -> Counter[str]:
-        """Nothing but load: how many embedding requests each replica answered."""
+        """Nothing but load, until there is enough to compare: how many embedding requests each replica answered."""
         self._step(f"{len(self.replicas)} replicas")
-        before = len(self.gateway.entries())
+        before, enough = len(self.gateway.entries()), len(self.load.answers) + COMPARED
         time.sleep(seconds)
+        while len(self.load.answers) < enough:
+            time.sleep(0.05)
         entries = self.gateway.entries()[before:]
-        return Counter(entry["replica"] for entry in entries if entry["path"] == "/v1/embeddings")
+        return Counter(line["replica"] for line in entries if line["path"] == "/v1/embeddings")
 
     def move_a_context(self) -> None:
         """A name made on one replica, then pointed elsewhere there; a second later each replica uses the newer."""
@@ -63,33 +79,35 @@ class Twin:
         for documents in (ANIMALS[:6] + COOKING[:6], COOKING[3:] + ANIMALS[6:]):
             made = self._create(self.replicas[0].url, MOVED, documents)
             time.sleep(1)
-            used = {replica.address: self._used(replica) for replica in self.replicas}
+            used = {replica.url: self._used(replica.url) for replica in self.replicas}
             assert set(used.values()) == {made}, used
         self.load.models.append(f"{V1}@{MOVED}")
 
     def kill_one(self) -> None:
         """kill -9, of which the gateway is told nothing."""
         self._step("one killed (kill -9)")
-        self.replicas.pop(0).kill()
+        process = self.replicas.pop(0).process
+        process.kill()
+        process.wait()
 
     def add_one(self) -> None:
         self._step("one added")
-        self.replicas.append(self._start().wait_ready())
+        self.replicas.append(self._start().when_ready())
         self.gateway.use(self._addresses())
 
     def drain_one(self) -> None:
         """SIGTERM, of which the gateway is told nothing."""
         self._step("one drained (SIGTERM)")
-        assert self.replicas.pop(0).drain() == 0
+        self._drain(self.replicas.pop(0))
 
     def roll(self) -> None:
         """Each replica is replaced: the new one in, the old one out."""
         self._step("rolling restart")
         for old in [*self.replicas]:
-            self.replicas.append(self._start().wait_ready())
+            self.replicas.append(self._start().when_ready())
             self.replicas.remove(old)
             self.gateway.use(self._addresses())
-            assert old.drain() == 0
+            self._drain(old)
 
     def check_vectors(self) -> int:
         """Each vector is that of its text under the version its answer names; how many there were."""
@@ -98,7 +116,7 @@ class Twin:
         known: dict[str, dict[str, Any]] = {}
         for answer in self.load.answers:
             if answer.context_id not in known:
-                exported = httpx.get(f"{self.gateway.url}/v1/contexts/{answer.context_id}/embeddings")
+                exported = self._http.get(f"{self.gateway.url}/v1/contexts/{answer.context_id}/embeddings")
                 context = loaded.model.load_context(from_safetensors(exported.raise_for_status().content))
                 vectors = embed(loaded, tokens, [context] * len(TEXTS))
                 known[answer.context_id] = dict(zip(TEXTS, vectors, strict=True))
@@ -106,25 +124,32 @@ class Twin:
             assert_same(np.array(answer.vectors, np.float32), expected)
         return sum(len(answer.texts) for answer in self.load.answers)
 
+    def logs(self) -> str:
+        """Everything that replicas and gateway have logged."""
+        return "".join([*(replica.log for replica in self._all), self.gateway.logs()])
+
     def _step(self, name: str) -> None:
         self.steps.append((name, time.monotonic()))
 
-    def _start(self) -> Replica:
-        self._started += 1
-        replica = Replica(self._folder / f"replica-{self._started}", self._settings)
-        self._stack.callback(replica.end)
+    def _start(self) -> ServerProcess:
+        replica = self._stack.enter_context(ServerProcess(self._folder / f"{len(self._all)}", **self._settings))
+        self._all.append(replica)
         return replica
 
+    def _drain(self, replica: ServerProcess) -> None:
+        replica.process.terminate()
+        assert replica.process.wait(DRAINED_SECONDS) == 0
+
     def _addresses(self) -> list[str]:
-        return [replica.address for replica in self.replicas]
+        return [replica.url.removeprefix("http://") for replica in self.replicas]
 
     def _create(self, url: str, name: str, documents: list[str]) -> str:
-        made = httpx.post(f"{url}/v1/contexts", json={"name": name, "documents": documents}, timeout=60)
+        made = self._http.post(f"{url}/v1/contexts", json={"name": name, "documents": documents})
         return str(made.raise_for_status().json()["id"])
 
-    def _used(self, replica: Replica) -> str:
+    def _used(self, url: str) -> str:
         body = {"model": f"{V1}@{MOVED}", "input": TEXTS[0]}
-        answer = httpx.post(f"{replica.url}/v1/embeddings", json=body, timeout=60).raise_for_status()
+        answer = self._http.post(f"{url}/v1/embeddings", json=body).raise_for_status()
         return str(answer.headers["x-context-id"])
 
 
@@ -185,7 +210,7 @@ def main() -> None:
     ):
         shares = live(twin, seconds, roll=True)
         vectors = twin.check_vectors()
-        entries = [entry for entry in twin.gateway.entries() if entry["path"] == "/v1/embeddings"]
+        entries = [line for line in twin.gateway.entries() if line["path"] == "/v1/embeddings"]
     load = twin.load
     lines = [
         table(twin),
@@ -193,8 +218,8 @@ def main() -> None:
         f"{load.sent} requests, {len(load.answers)} answered, {len(load.failures)} failed; "
         f"{vectors} vectors compared, all right",
         f"shares of the first three replicas: {sorted(shares.values())}",
-        f"sent on to another replica by the gateway: {sum(', ' in entry['replica'] for entry in entries)}; "
-        f"answered by it with something else than 200: {sum(entry['status'] != 200 for entry in entries)}",
+        f"sent on to another replica by the gateway: {sum(', ' in line['replica'] for line in entries)}; "
+        f"answered by it with something else than 200: {sum(line['status'] != 200 for line in entries)}",
         *(reason for _, reason in load.failures[:5]),
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -174,7 +174,7 @@ class Rounds:
         while time.monotonic() < deadline and process.is_alive():
             said = self._log.read_text() if self._log.exists() else ""
             if "ready after" in said:
-                return re.findall(r"http://[\d.:]+\d", said)[0]
+                return str(re.findall(r"http://[\d.:]+\d", said)[0])
             time.sleep(0.02)
         raise RuntimeError(f"the server does not start: {self._log.read_text()}")
 
