@@ -21,7 +21,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # Where tiktoken looks for cl100k_base, which LangChain's token ids are made with.
 VOCABULARY := $(abspath $(VENV))/share/tiktoken
 
-.PHONY: serve test test-clients test-image sbom audit clean
+# Minutes of the long run of `make load`; none: it is left out. LOAD_MODEL: as in the settings, or v1: random weights of true size.
+SOAK ?=
+LOAD_MODEL ?= builtin/minilm-context
+
+.PHONY: serve test test-clients load test-image sbom audit clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -53,6 +57,11 @@ audit: $(VENV)/.serve $(VENV)/.tools
 	mkdir -p build
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//; s/ @ .*//' > build/installed.txt
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r build/installed.txt
+
+# Each of them goes on where another found a promise broken; the exit code is the number of those that did.
+load: $(VENV)/.test
+	failed=0; for what in overload scheduling disconnects $(if $(SOAK),"soak --minutes $(SOAK)"); do \
+		$(BIN)/python -m tests.load $$what --model $(LOAD_MODEL) || failed=$$((failed + 1)); done; exit $$failed
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -73,8 +73,8 @@ class VectorCache:
                 flights[key] = self._flying[key]
             else:
                 missing[key] = text
-        self._count(len(texts), shared=len(flights), computed=len(missing))
         own = self._take_off(served, missing, context, caller) if missing else {}
+        self._count(len(texts), shared=len(flights), computed=len(missing))  # not, where there was no room
         rows, failed = await self._landed(flights | own)
         _record(own)
         borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in own}
