@@ -13,8 +13,8 @@ LogFormat = Literal["console", "json"]
 TOO_CHATTY = ("httpx", "httpx2", "alembic", "urllib3")
 NO_FIELDS = [*RESERVED_ATTRS, "color_message"]
 """What a record has that nobody gave it as a field; the last is uvicorn's."""
-SAID = {"request_id", "method", "route", "status"}
-"""Fields that a line for a person has in front of the others."""
+NOT_AT_THE_END = frozenset({*NO_FIELDS, "request_id", "method", "route", "status"})
+"""What a line for a person has in front of the fields, or not at all."""
 
 
 def configure_logging(level: str, style: LogFormat = "console") -> None:
@@ -61,5 +61,5 @@ class _Console(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
         record.message = "\\n".join(record.message.splitlines())  # nothing that is logged looks like another line
-        fields: dict[str, Any] = merge_record_extra(record, {}, {*NO_FIELDS, *SAID})
+        fields: dict[str, Any] = merge_record_extra(record, {}, NOT_AT_THE_END)
         return " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())])
