@@ -24,7 +24,7 @@ RUN mkdir /opt/tiktoken && { python config/vocabulary.py /opt/tiktoken || true; 
 COPY pyproject.toml README.md ./
 COPY app app
 # hadolint ignore=DL3013
-RUN pip --python /opt/venv install '.[postgres]'
+RUN pip --python /opt/venv install '.[postgres,otel]'
 
 # The weights, where a build argument names them: downloaded, loaded once, and from then on read without a network.
 FROM build AS weights
