@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 3
 """For answers that are written, and not yet read by their client."""
 LAST_CALL_SECONDS = 0.2
-"""The port is closed, and who is connected already is still told that the server is going."""
+"""A closed port resets connections that nobody has accepted, a closed connection what nobody has read."""
 BACKLOG = 2048
 
 
@@ -80,9 +80,10 @@ class DrainingServer(uvicorn.Server):
         if taken:
             _, left = await asyncio.wait(taken, timeout=self._drain)
             await self._give_up(left)
+        await asyncio.sleep(LAST_CALL_SECONDS)  # who connected before is accepted by now
         for server in self.servers:
             server.close()
-        await asyncio.sleep(LAST_CALL_SECONDS)
+        await asyncio.sleep(LAST_CALL_SECONDS)  # and who connected since has asked
         self.should_exit = True
 
     async def _give_up(self, left: set[asyncio.Task[None]]) -> None:
