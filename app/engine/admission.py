@@ -24,7 +24,7 @@ class Admission:
         self._queue_tokens = queue_tokens
         self._queue_seconds = queue_seconds or math.inf
         self._workers = workers
-        self._rate = FIRST_GUESS  # of one worker
+        self._tokens, self._seconds = FIRST_GUESS, 1.0  # of a recent batch, on average
         self._measured = False
         self.running_tokens = 0
         """In the batches that run."""
@@ -32,12 +32,14 @@ class Admission:
     @property
     def drain_rate(self) -> float:
         """Tokens as computed a second, of all workers."""
-        return self._rate * self._workers
+        return self._workers * self._tokens / self._seconds
 
     def measure(self, tokens: int, seconds: float) -> None:
-        """A batch took so long."""
-        rate = tokens / max(seconds, 1e-6)
-        self._rate = self._rate + FORGETTING * (rate - self._rate) if self._measured else rate
+        """A batch took so long. Tokens and times are averaged apart, so that a slow batch counts for as long as it
+        took; the average of the batches' rates would be too high by far where they differ."""
+        share = FORGETTING if self._measured else 1.0
+        self._tokens += share * (tokens - self._tokens)
+        self._seconds += share * (max(seconds, 1e-6) - self._seconds)
         self._measured = True
 
     def check(self, lane: Lane, cost: int, caller: Caller, now: float) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from app.domain import Lane
+from app.engine.scheduling import PATIENCE
 from tests.load.known import Known
 from tests.load.report import Line, ms, p50_p95, percentile
 from tests.load.server import KEYS, NO_CACHE, LoadServer
@@ -23,7 +25,12 @@ SIZES = (1, 1, 2, 3, 4, 8, 16, 32)
 FEW = 8
 """Texts of an interactive request, at most: the server's default."""
 SHARES = {"a": 4, "b": 1, "c": 1}
-LANES = ("interactive", "bulk")
+LANES = {
+    "interactive": (PATIENCE[Lane.BULK] + 1) / PATIENCE[Lane.BULK],
+    "bulk": PATIENCE[Lane.BULK] + 1,
+}
+"""How much longer than `limits.queue_seconds` a request may wait at worst: the other lane has that much of the device,
+and what comes to it later was not known when the request was taken."""
 PROBE_SECONDS, LOOK_SECONDS = 0.1, 0.25
 REFUSED_WITHIN, IDLE_WITHIN = 0.05, 5.0
 
@@ -86,12 +93,15 @@ class Overload:
             "by_key": {key: _kept(self.answers, key) for key in KEYS},
         }
 
+    def _oldest(self, lane: str) -> Line:
+        age, most = self.oldest.get(lane, 0.0), self.queue_seconds * LANES[lane]
+        return Line(f"oldest in the queue, {lane}", f"{age:.1f} s", f"≤ {most:.1f} s", age <= most)
+
     def lines(self) -> list[Line]:
         refusal = percentile([answer.seconds for answer in self.refused], 50)
         inside = percentile([answer.server_seconds for answer in self.refused], 50)
         few = [answer.seconds for answer in self.right if answer.texts <= FEW]
         many = [answer.seconds for answer in self.right if answer.texts > FEW]
-        oldest = max(self.oldest.values(), default=0.0)
         return [
             Line("capacity, texts a second", f"{self.capacity:.1f}"),
             Line("offered, texts a second", f"{self.offered:.1f} ({self.offered / self.capacity:.1f}x)"),
@@ -106,8 +116,7 @@ class Overload:
             Line("  by the server's clock", ms(inside)),
             Line(f"an answer of up to {FEW} texts, p50, p95", p50_p95(few)),
             Line("an answer of more, p50, p95", p50_p95(many)),
-            *(Line(f"oldest in the queue, {lane}", f"{age:.1f} s") for lane, age in self.oldest.items()),
-            Line("oldest in the queue", f"{oldest:.1f} s", f"≤ {self.queue_seconds} s", oldest <= self.queue_seconds),
+            *(self._oldest(lane) for lane in LANES),
             Line("one text on the idle server, p50, p95", p50_p95(self.idle)),
             Line(
                 "as fast as idle again, after the last arrival",

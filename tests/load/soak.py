@@ -27,6 +27,8 @@ MIX = {"embed": 70, "leave": 6, "look": 8, "tokenize": 5, "mistake": 5, "strange
 """Of a hundred calls."""
 SLOPE, FILES = 0.5, 5
 """MiB a minute, and open file descriptors, that count as nothing."""
+LONGEST = 600.0
+"""Seconds of one call; a batch is behind everything else."""
 MIB = 2**20
 REFUSED = "429"
 
@@ -137,8 +139,9 @@ def _caller(calls: Calls, known: Known, seen: Soak) -> Callable[[float], Awaitab
         seen.calls[what] += 1
         method: Callable[[], Awaitable[str]] = getattr(calls, what)
         try:
-            problem = await method()
-        except httpx.HTTPError as error:
+            async with asyncio.timeout(LONGEST):
+                problem = await method()
+        except (httpx.HTTPError, TimeoutError) as error:
             problem = type(error).__name__
         if problem == REFUSED:
             seen.refused += 1
