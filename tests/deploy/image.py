@@ -9,9 +9,11 @@ import json
 import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ TAG = "localhost/cde-server-under-test"
 REPO = "tiny/cde"
 SECRET = "hf_a_token_that_must_stay_out_of_the_image"
 READY_SECONDS = 120
+GZIP = b"\x1f\x8b"
 
 ASK = """
 import json, sys, urllib.error, urllib.request
@@ -61,11 +64,17 @@ class Engine:
         return done.returncode != 0
 
     def bytes_of(self, tag: str) -> Iterator[bytes]:
-        """Everything in the image, every layer and its description."""
-        with subprocess.Popen([*self._command, "save", tag], stdout=subprocess.PIPE) as saving:
-            assert saving.stdout is not None
-            while block := saving.stdout.read(1 << 24):
-                yield block
+        """Everything in the image, every layer and its description, unpacked."""
+        with (
+            subprocess.Popen([*self._command, "save", tag], stdout=subprocess.PIPE) as saving,
+            tarfile.open(fileobj=saving.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                content = archive.extractfile(member) if member.isfile() else None
+                unpack: Callable[[bytes], bytes] | None = None
+                while content is not None and (block := content.read(1 << 24)):
+                    unpack = unpack or (zlib.decompressobj(31).decompress if block.startswith(GZIP) else bytes)
+                    yield unpack(block)
 
     @contextmanager
     def container(self, tag: str) -> Iterator["Container"]:
@@ -135,10 +144,11 @@ def check_baked(engine: Engine, base: list[str]) -> None:
         secret = ("--secret", f"id=hf_token,src={token.name}")
         assert engine.refused_build("cpu", "REVISION must be the commit", *base, *named, "--build-arg", "REVISION=main")
         engine.build("cpu", f"{TAG}:baked", *base, *named, *secret, "--build-arg", f"REVISION={commit}")
-    tail = b""
+    tail, size = b"", 0
     for block in engine.bytes_of(f"{TAG}:baked"):
         assert SECRET.encode() not in tail + block, "the token is in the image"
-        tail = block[-len(SECRET) :]
+        tail, size = block[-len(SECRET) :], size + len(block)
+    assert size > 1 << 30, "that was not the whole image"
     check_image(engine, f"{TAG}:baked", REPO, 64)
 
 
