@@ -1,4 +1,4 @@
-# `make serve`, `make test` and `make test-clients` do all their own set-up on a fresh machine with Python 3.11 or newer.
+# `make serve`, `make test`, `make test-ray` and `make test-clients` do all their own set-up on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # Where tiktoken looks for cl100k_base, which LangChain's token ids are made with.
 VOCABULARY := $(abspath $(VENV))/share/tiktoken
 
-.PHONY: serve test test-clients clean
+.PHONY: serve test test-ray test-clients clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -26,6 +26,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-ray: $(VENV)/.ray
+	$(BIN)/python -m pytest tests/scale
 
 test-clients:
 	$(MAKE) VENV=$(CLIENTS_VENV) $(CLIENTS_VENV)/.clients
@@ -48,6 +51,10 @@ $(VENV)/.serve: pyproject.toml $(wildcard config/requirements-*.txt) config/voca
 
 $(VENV)/.test: pyproject.toml $(VENV)/.serve
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.ray: pyproject.toml $(VENV)/.test
+	$(PIP) -e '.[ray,test-ray]'
 	@touch $@
 
 # Node comes with the `clients` extra, so that its packages run on the Node they were tested with.

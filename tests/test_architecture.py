@@ -77,6 +77,18 @@ ALLOWED: dict[str, set[str]] = {
         "stores.batch_base",
         "telemetry",
     },
+    "scale": {
+        "corpora",
+        "domain",
+        "errors",
+        "main",
+        "models.loading",
+        "offline",
+        "scale",
+        "settings",
+        "telemetry",
+        "vectors",
+    },
 }
 ANYTHING = {"main", "lifecycle", "assembly", "cli", "__init__"}
 
