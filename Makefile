@@ -1,4 +1,4 @@
-# `make serve`, `make test` and `make test-clients` do all their own set-up on a fresh machine with Python 3.11 or newer.
+# `make serve`, `make test`, `make test-ray` and `make test-clients` do all their own set-up on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
@@ -25,7 +25,7 @@ VOCABULARY := $(abspath $(VENV))/share/tiktoken
 SOAK ?=
 LOAD_MODEL ?= builtin/minilm-context
 
-.PHONY: serve test test-clients load test-image sbom audit clean
+.PHONY: serve test test-ray test-clients load test-image sbom audit clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -36,6 +36,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-ray: $(VENV)/.ray
+	$(BIN)/python -m pytest tests/scale
 
 test-clients:
 	$(MAKE) VENV=$(CLIENTS_VENV) $(CLIENTS_VENV)/.clients
@@ -89,6 +92,10 @@ $(VENV)/.test: pyproject.toml tests/deploy/requirements-helm.txt $(VENV)/.serve
 $(VENV)/.tools: pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip --disable-pip-version-check install -q cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	@touch $@
+
+$(VENV)/.ray: pyproject.toml $(VENV)/.test
+	$(PIP) -e '.[ray,test-ray]'
 	@touch $@
 
 # Node comes with the `clients` extra, so that its packages run on the Node they were tested with.

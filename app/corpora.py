@@ -1,10 +1,10 @@
 """Texts in files: .txt, .jsonl and .parquet in; a folder in BEIR's layout. One text at a time, in order."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow.parquet as pq
@@ -23,62 +23,104 @@ class Record:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text as it stands in its file. `number`: its line or row, from 0; `at`: where its line begins, in bytes."""
+
+    number: int
+    at: int
+    where: str
+    raw: Any
+
+    @property
+    def record(self) -> Record:
+        """A title goes in front of its text, as BEIR does. Without `_id`, the id is the number. Raises BadCorpus."""
+        raw = self.raw
+        if isinstance(raw, str):
+            return Record(str(self.number), raw)
+        if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+            raise BadCorpus(f'{self.where}: neither a string nor an object with a string "text"')
+        title = raw.get("title")
+        text = f"{title} {raw['text']}".strip() if isinstance(title, str) and title else raw["text"]
+        return Record(str(raw.get("_id", self.number)), text)
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """One record a line (.txt, .jsonl: a string, or an object with `text`, `_id` and `title` where it has them) or row.
 
-    A title goes in front of its text, as BEIR does. Without `_id`, the id is the position. Raises BadCorpus, OSError.
+    Raises BadCorpus, OSError.
     """
-    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        for row in read_rows(file, str(path)):
+            yield row.record
+
+
+def read_rows(file: BinaryIO, name: str, *, first: int = 0, at: int = 0, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of an open file from the row `first` on, whose line begins at the byte `at`.
+
+    `columns`: what is read of a Parquet file besides text, title and id. Raises BadCorpus, OSError.
+    """
+    suffix = PurePath(name).suffix.lower()
     if suffix == ".parquet":
-        return _parquet(path)
-    if suffix in (".jsonl", ".ndjson"):
-        return _jsonl(path)
-    if suffix == ".txt":
-        return _txt(path)
-    raise BadCorpus(f"{path}: unknown kind of file; known: {', '.join(TEXT_SUFFIXES)}")
+        return _parquet(file, name, first, columns)
+    if suffix not in TEXT_SUFFIXES:
+        raise BadCorpus(f"{name}: unknown kind of file; known: {', '.join(TEXT_SUFFIXES)}")
+    file.seek(at)
+    return _lines(file, name, first, at)
 
 
-def _txt(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise BadCorpus(f"{path}:{number + 1}: not UTF-8") from error
-            yield Record(str(number), text.rstrip("\r\n"))
+def _lines(file: BinaryIO, name: str, number: int, at: int) -> Iterator[Row]:
+    parse = _text if PurePath(name).suffix.lower() == ".txt" else _json
+    for line in file:
+        where = f"{name}:{number + 1}"
+        if parse is _text or line.strip():
+            yield Row(number, at, where, parse(line, where))
+        number += 1
+        at += len(line)
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                raw = orjson.loads(line)
-            except ValueError as error:
-                raise BadCorpus(f"{path}:{number + 1}: not valid JSON") from error
-            yield _record(raw, number, f"{path}:{number + 1}")
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    number = 0
+def _text(line: bytes, where: str) -> str:
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield _record(row, number, f"{path}: row {number}")
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadCorpus(f"{where}: not UTF-8") from error
+
+
+def _json(line: bytes, where: str) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError as error:
+        raise BadCorpus(f"{where}: not valid JSON") from error
+
+
+def _parquet(file: BinaryIO, name: str, first: int, columns: Sequence[str]) -> Iterator[Row]:
+    try:
+        source = pq.ParquetFile(file)
+        there = source.schema_arrow.names
+        missing = [column for column in ("text", *columns) if column not in there]
+        if missing:
+            raise BadCorpus(f"{name}: no column {missing[0]!r}")
+        wanted = [column for column in dict.fromkeys(("text", "title", "_id", *columns)) if column in there]
+        number, groups = _groups_from(source, first)
+        for batch in source.iter_batches(batch_size=1024, row_groups=groups, columns=wanted):
+            before = min(max(0, first - number), len(batch))
+            number += before
+            for raw in batch.slice(before).to_pylist():
+                yield Row(number, 0, f"{name}: row {number}", raw)
                 number += 1
     except ArrowException as error:
-        raise BadCorpus(f"{path}: not a Parquet file that can be read: {error}") from error
+        raise BadCorpus(f"{name}: not a Parquet file that can be read: {error}") from error
 
 
-def _record(raw: Any, number: int, where: str) -> Record:
-    if isinstance(raw, str):
-        return Record(str(number), raw)
-    if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
-        raise BadCorpus(f'{where}: neither a string nor an object with a string "text"')
-    title = raw.get("title")
-    text = f"{title} {raw['text']}".strip() if isinstance(title, str) and title else raw["text"]
-    return Record(str(raw.get("_id", number)), text)
+def _groups_from(source: pq.ParquetFile, first: int) -> tuple[int, list[int]]:
+    """The row groups from that of the row `first` on, and the number of the first row in them."""
+    number, groups = 0, range(source.num_row_groups)
+    for group in groups:
+        rows = source.metadata.row_group(group).num_rows
+        if number + rows > first:
+            return number, list(groups[group:])
+        number += rows
+    return number, []
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ IN_FLIGHT = 3
 class Offline:
     """One loaded model with its engine; a context manager."""
 
-    def __init__(self, name: str, options: LoadOptions | None = None) -> None:
-        """Raises CheckpointError."""
+    def __init__(self, name: str, options: LoadOptions | None = None, *, workers: int = 0) -> None:
+        """`workers`: threads that run batches; 0: as the server does it. Raises CheckpointError."""
         loaded = load_model(name, options)
         self.served = ServedModel((loaded.model.spec.id,), loaded.model, loaded.tokenizer)
         settings, device = Settings(), loaded.model.spec.device
@@ -39,7 +39,7 @@ class Offline:
                 batch_tokens=settings.engine.batch_tokens_on(device),
                 queue_tokens=settings.limits.queue_tokens,
                 cache_bytes=settings.contexts.cache_bytes,
-                workers=settings.engine.workers_on(device),
+                workers=workers or settings.engine.workers_on(device),
             ),
         )
         self.engine.start()

@@ -129,6 +129,19 @@ ALLOWED: dict[str, set[str]] = {
         "telemetry",
     },
     "serving": {"api.protocol", "settings"},
+    "scale": {
+        "corpora",
+        "domain",
+        "errors",
+        "main",
+        "models.loading",
+        "offline",
+        "scale",
+        "settings",
+        "settings_sources",
+        "telemetry",
+        "vectors",
+    },
 }
 ANYTHING = {"main", "lifecycle", "preflight", "assembly", "cli", "__init__"}
 

@@ -1,11 +1,22 @@
-"""`cde-server embed`: a file of texts to a file of vectors, offline."""
+"""`cde-server embed`: texts to vectors, offline: a file in this process, or a corpus on a Ray cluster."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from app.cli.embed_on_ray import (
+    ContextOf,
+    CpusOption,
+    GpusOption,
+    KeepOption,
+    PartRowsOption,
+    RayOptions,
+    WorkersOption,
+    embed_on_ray,
+)
 from app.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -25,6 +36,7 @@ from app.models.loading import LoadOptions
 from app.offline import Offline
 from app.payloads import from_npy, from_safetensors
 from app.registry import parse_ref
+from app.scale.job import Recipe
 from app.settings_sources import load_settings
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
@@ -36,11 +48,18 @@ class Truncate(StrEnum):
     END = "end"
 
 
+class Engine(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
+
+
 def embed(
     *,
     model: ModelOption,
-    input_: Annotated[Path, typer.Option("--input", help="Texts: .txt, .jsonl or .parquet")],
-    output: Annotated[Path, typer.Option(help="Vectors: .npy, .safetensors, .jsonl or .parquet")],
+    input_: Annotated[
+        str, typer.Option("--input", help="Texts: .txt, .jsonl or .parquet; on Ray a folder or glob too")
+    ],
+    output: Annotated[str, typer.Option(help="Vectors: .npy, .safetensors, .jsonl or .parquet; on Ray a folder")],
     input_type: Annotated[InputType, typer.Option(help="Which prompt stands before a text")],
     context: Annotated[
         str | None, typer.Option(help="Documents, or dataset embeddings (.safetensors, .npy), or a stored context")
@@ -48,28 +67,46 @@ def embed(
     seed: Annotated[int, typer.Option(help="Which documents make the context, where there are more than it takes")] = 0,
     normalize: Annotated[bool, typer.Option(help="Vectors of unit length")] = True,
     truncate: Annotated[Truncate, typer.Option(help="Texts over the max length: an error, or cut")] = Truncate.NONE,
+    engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster")] = Engine.LOCAL,
+    workers: WorkersOption = None,
+    num_cpus: CpusOption = None,
+    num_gpus: GpusOption = None,
+    keep: KeepOption = None,
+    part_rows: PartRowsOption = None,
     revision: RevisionOption = None,
     semantics: SemanticsOption = "training",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     config: ConfigOption = None,
 ) -> None:
-    """Embed a file of texts. A run that was cut short goes on where it stopped."""
-    total, digest = describe(input_)
+    """Embed texts. A run that was cut short goes on where it stopped."""
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
-    with Offline(model, options) as offline, progress() as bar:
-        payload = context_payload(offline, context, seed, config)
-        fingerprint = offline.spec.fingerprint(payload.key, offline.spec.hidden_size, normalized=normalize)
-        made_of = f"{fingerprint} {input_type} {digest}"
-        partial = PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of)
-        if partial.done:
-            messages.print(f"going on behind the first {partial.done} texts")
-        task = bar.add_task("embedding", total=total, completed=partial.done)
-        texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partial.done)
-        raw = offline.embed(texts, payload, input_type, truncate=truncate is Truncate.END)
-        chunks = (normalized(chunk) if normalize else chunk for chunk in raw)
-        partial.extend(chunks, lambda n: bar.advance(task, n))
-        partial.finish(read_records(input_))
+    recipe = Recipe(model, options, input_type, truncate is Truncate.END, normalize)
+    context_of = partial(context_payload, given=context, seed=seed, config=config)
+    on_ray = RayOptions(workers, num_cpus, num_gpus, tuple(keep or ()), part_rows)
+    if engine is Engine.RAY:
+        embed_on_ray(recipe, context_of, input_, output, on_ray)
+    elif on_ray != RayOptions():
+        raise typer.BadParameter("--workers, --num-cpus, --num-gpus, --keep and --part-rows are for --engine ray only")
+    else:
+        _embed_here(recipe, context_of, Path(input_), Path(output))
+
+
+def _embed_here(recipe: Recipe, context_of: ContextOf, input_: Path, output: Path) -> None:
+    total, digest = describe(input_)
+    with Offline(recipe.model, recipe.options) as offline, progress() as bar:
+        payload = context_of(offline)
+        fingerprint = recipe.fingerprint(offline.spec, payload)
+        made_of = f"{fingerprint} {recipe.input_type} {digest}"
+        partly = PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of)
+        if partly.done:
+            messages.print(f"going on behind the first {partly.done} texts")
+        task = bar.add_task("embedding", total=total, completed=partly.done)
+        texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partly.done)
+        raw = offline.embed(texts, payload, recipe.input_type, truncate=recipe.truncate)
+        chunks = (normalized(chunk) if recipe.normalize else chunk for chunk in raw)
+        partly.extend(chunks, lambda n: bar.advance(task, n))
+        partly.finish(read_records(input_))
     messages.print(f"{total} vectors in {output}, context {payload.key}, fingerprint {fingerprint}")
 
 
