@@ -99,5 +99,6 @@ def _serving(model: str, settings: dict[str, str]) -> Iterator[LoadServer]:
             yield server
 
 
-logging.getLogger("httpx").setLevel("WARNING")
-app()
+if __name__ == "__main__":
+    logging.getLogger("httpx").setLevel("WARNING")
+    app()

@@ -180,7 +180,7 @@ class _Crowd:
         fewest, most = LEAVER_TEXTS
         number = most if moment is Moment.ANSWER else self._choose.randint(fewest, most)
         texts = [self._known.text() for _ in range(number)]
-        body = self._choose.choice(self._known.decks).place.body(texts) | {"encoding_format": "float"}
+        body = self._choose.choice(self._known.decks).request(texts) | {"encoding_format": "float"}
         if with_documents:
             body |= {"model": self._server.model, "context": {"documents": self._new_documents()}}
         with socket.socket() as connection:

@@ -10,7 +10,6 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pydoc_data.topics import topics
 from typing import Any
@@ -23,29 +22,17 @@ import orjson
 from tests.load.server import LoadServer
 
 Vectors = npt.NDArray[np.float32]
-CHUNK, ASIDE = 64, 4
+CHUNK, ASIDE, BLOCK = 64, 4, 256
 NEAR = {True: 1e-4, False: 1e-2}
 """Euclidean distance of two computations of one unit vector, at most: in float32 or not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A context, as the fields of a request name it."""
-
-    name: str
-    fields: Mapping[str, Any]
-
-    def body(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Of a request for these texts."""
-        options = {"encoding_format": "base64", "input_type": "document", "truncate": "end"}
-        return {"input": texts, **options, **self.fields}
-
-
 class Deck:
-    """Texts with their vectors under one place."""
+    """Texts with their vectors under one context."""
 
-    def __init__(self, place: Place, near: float) -> None:
-        self.place = place
+    def __init__(self, fields: Mapping[str, Any], near: float) -> None:
+        """`fields`: of a request, which name model and context."""
+        self._fields = fields
         self.texts: list[str] = []
         self.vectors: Vectors = np.empty((0, 0), np.float32)
         self._near = near
@@ -66,7 +53,12 @@ class Deck:
 
     def body(self, taken: Sequence[int]) -> dict[str, Any]:
         """Of the request for these texts."""
-        return self.place.body([self.texts[i] for i in taken])
+        return self.request([self.texts[i] for i in taken])
+
+    def request(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Of one for any texts."""
+        options = {"encoding_format": "base64", "input_type": "document", "truncate": "end"}
+        return {"input": texts, **options, **self._fields}
 
     def problem(self, taken: Sequence[int], answer: Any) -> str:
         """What is wrong with an answer's JSON; empty where nothing is."""
@@ -98,18 +90,18 @@ class Known:
         self._choose = random.Random(seed)
         self._near = NEAR[server.is_exact]
         model = server.model
-        places = [
-            Place("default", {"model": model}),
-            Place("stored", {"model": f"{model}@load-a"}),
-            Place("named", {"model": model, "context": "load-b"}),
-            Place("inline", {"model": model, "context": {"documents": documents(6, skip=40)}}),
+        contexts: list[dict[str, Any]] = [
+            {"model": model},
+            {"model": f"{model}@load-a"},
+            {"model": model, "context": "load-b"},
+            {"model": model, "context": {"documents": documents(6, skip=40)}},
         ]
-        self.decks = [Deck(place, self._near) for place in places]
-        self.aside = Deck(places[0], self._near)
+        self.decks = [Deck(fields, self._near) for fields in contexts]
+        self.aside = Deck(contexts[0], self._near)
         """A few more, for who has to find one to hand at any time."""
 
     async def prepare(self, client: httpx.AsyncClient, texts: int) -> None:
-        """Makes the contexts, and knows at least so many texts in each place. Raises AssertionError where two of the
+        """Makes the contexts, and knows at least so many texts under each. Raises AssertionError where two of the
         vectors are hard to tell apart."""
         for name, skip in (("load-a", 0), ("load-b", 20)):
             created = await client.post("/v1/contexts", json={"name": name, "documents": documents(16, skip=skip)})
@@ -125,7 +117,7 @@ class Known:
         assert closest > 2 * self._near, f"two of the vectors are only {closest:.1e} apart"
 
     def has(self, texts: int) -> bool:
-        """Whether so many are to hand in one place."""
+        """Whether a deck has so many to hand."""
         return any(deck.free >= texts for deck in self.decks)
 
     def choose(self, choose: random.Random, texts: int) -> Deck:
@@ -159,9 +151,12 @@ def _words() -> list[str]:
 
 
 def _closest(vectors: Vectors) -> float:
-    """The smallest distance of any two."""
+    """The smallest distance of any two; in double precision, or it would be lost in what is subtracted."""
     exact = vectors.astype(np.float64)
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
-    products = exact @ exact.T
-    np.fill_diagonal(products, -1.0)
-    return float(np.sqrt(max(0.0, 2 - 2 * products.max())))
+    largest = -1.0
+    for start in range(0, len(exact), BLOCK):
+        products = exact[start : start + BLOCK] @ exact[start:].T
+        np.fill_diagonal(products, -1.0)  # of each with itself
+        largest = max(largest, float(products.max()))
+    return float(np.sqrt(max(0.0, 2 - 2 * largest)))

@@ -5,11 +5,13 @@ asks for most. The vector cache is off. Afterwards single texts are asked for un
 """
 
 import asyncio
+import math
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from app.domain import Lane
@@ -32,6 +34,7 @@ LANES = {
 """How much longer than `limits.queue_seconds` a request may wait at worst: the other lane has that much of the device,
 and what comes to it later was not known when the request was taken."""
 PROBE_SECONDS, LOOK_SECONDS = 0.1, 0.25
+IDLE_FACTOR, SMOOTH = 2.0, 5
 REFUSED_WITHIN, IDLE_WITHIN = 0.05, 5.0
 
 
@@ -174,13 +177,15 @@ async def _offer(server: LoadServer, known: Known, plan: Plan, seen: Overload) -
 
 
 async def _recovery(server: LoadServer, known: Known, plan: Plan, idle: Sequence[float]) -> float:
-    """When the last single text was answered that took longer than on the idle server, from now."""
+    """When single texts take as long as on the idle server, from now: the median of a few, within a factor."""
     started = time.perf_counter()
-    usual, recovered = 2 * percentile(idle, 95), 0.0
+    latest: deque[float] = deque(maxlen=SMOOTH)
+    recovered = 0.0
     async with server.client() as client:
         while (begun := time.perf_counter()) - started < plan.after:
             answer = await ask(client, known.aside, 1)
-            if not answer.is_right or answer.seconds > usual:
+            latest.append(answer.seconds if answer.is_right else math.inf)
+            if median(latest) > IDLE_FACTOR * median(idle):
                 recovered = time.perf_counter() - started
             await asyncio.sleep(max(0.0, begun + PROBE_SECONDS - time.perf_counter()))
     return recovered

@@ -75,8 +75,8 @@ class Scheduling:
     answers: int = 0
 
     def p(self, phases: list[Phase], q: float) -> float:
-        """Median over the rounds of a percentile of the interactive answers."""
-        return median(percentile(phase.interactive, q) for phase in phases)
+        """A percentile of the interactive answers of all rounds."""
+        return percentile([seconds for phase in phases for seconds in phase.interactive], q)
 
     @property
     def bulk_kept(self) -> float:
@@ -114,7 +114,7 @@ class Scheduling:
 async def run(server: LoadServer, plan: Plan) -> Scheduling:
     seen = Scheduling()
     known = Known(server, words=plan.words, seed=plan.seed)
-    # Every bulk client holds a request's texts in one place, and as many are to hand for the interactive ones.
+    # Every bulk client holds a request's texts under one context, and as many are to hand for the interactive ones.
     for_bulk = (plan.bulk_clients + 1 + len(known.decks)) * plan.bulk_texts[1] // len(known.decks)
     async with server.client() as client:
         await known.prepare(client, max(texts_for_capacity(known, plan.clients), for_bulk))
@@ -148,8 +148,8 @@ class _Round:
                 await asyncio.sleep(self._plan.seconds)
             after, seconds = await self._server.metrics(), time.perf_counter() - started
         self._note(answers)
-        few = sum(answer.texts for answer in answers)
-        phase.interactive = [answer.seconds for answer in answers]
+        few = sum(answer.texts for answer in answers if answer.is_right)
+        phase.interactive = [answer.seconds for answer in answers if answer.is_right]
         phase.interactive_rate = few / seconds
         phase.bulk_rate = (after.since(before, ROWS, stage="second") - few) / seconds
         phase.slice_mean = after.mean(before, SLICE, stage="second")

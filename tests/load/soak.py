@@ -20,7 +20,7 @@ from tests.load.calls import BATCH_LINES, CONTEXT_DOCUMENTS, EMBED_TEXTS, LINE_T
 from tests.load.known import Known
 from tests.load.report import Line, p50_p95
 from tests.load.server import LoadServer
-from tests.load.traffic import ROWS, capacity, going_on, open_loop, texts_for_capacity
+from tests.load.traffic import ROWS, SETTLE, capacity, going_on, open_loop, texts_for_capacity
 
 SETTINGS = {"CDE__LIMITS__VECTOR_CACHE_BYTES": str(2**18), "CDE__CONTEXTS__CACHE_BYTES": str(2**22)}
 MIX = {"embed": 70, "leave": 6, "look": 8, "tokenize": 5, "mistake": 5, "stranger": 2, "context": 3, "batch": 1}
@@ -113,6 +113,7 @@ async def run(server: LoadServer, plan: Plan) -> Soak:
     async with server.client() as client:
         await known.prepare(client, 2 * texts_for_capacity(known, plan.clients))
     seen.capacity = await capacity(server, known, plan.capacity_seconds, plan.clients)
+    await asyncio.sleep(SETTLE)
     seen.files_before = server.open_files
     async with server.client() as client:
         calls = Calls(server, client, known, random.Random(plan.seed))
@@ -124,6 +125,7 @@ async def run(server: LoadServer, plan: Plan) -> Soak:
         seen.computed = after.since(before, ROWS) / seen.samples[-1][0]
         seen.seconds = calls.seconds
     await server.until_quiet()
+    await asyncio.sleep(SETTLE)
     seen.files_after = server.open_files
     return seen
 

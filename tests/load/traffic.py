@@ -110,7 +110,7 @@ async def going_on(clients: Sequence[Callable[[], Awaitable[object]]]) -> AsyncI
 
 
 def texts_for_capacity(known: Known, clients: int) -> int:
-    """How many have to be known in each place."""
+    """How many have to be known under each context."""
     return -(-clients // len(known.decks)) * REQUEST_TEXTS
 
 
