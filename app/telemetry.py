@@ -38,3 +38,4 @@ def configure_logging(level: str) -> None:
     root.setLevel(level.upper())
     for library in ("httpx", "httpx2", "alembic"):
         logging.getLogger(library).setLevel("WARNING")
+    logging.getLogger("python_multipart").setLevel("ERROR")  # it warns of every form that is broken
