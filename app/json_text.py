@@ -61,3 +61,12 @@ def _has_too_many(text: bytes) -> bool:
             return True
         inside = int(quotes[-1]) % 2
     return False
+
+
+def without_lone_surrogates(text: str) -> str:
+    """JavaScript sends half an emoji as one; UTF-8 has no such thing, so it becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from app.domain import DocumentCounts, FloatArray, Selection
+from app.json_text import without_lone_surrogates
 from app.vectors import normalized
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Minicorpus:
         self._received += 1
         if not document.strip():
             return
+        document = without_lone_surrogates(document)
         priority = self._priority(document)
         if priority in self._held or priority in self._seen:
             self._duplicates += 1
@@ -75,8 +77,7 @@ class Minicorpus:
         return DocumentCounts(received=self._received, chosen=len(self._kept), duplicates=self._duplicates)
 
     def _priority(self, document: str) -> int:
-        raw = document.encode(errors="surrogatepass")
-        return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=self._key).digest(), "big")
+        return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8, key=self._key).digest(), "big")
 
 
 def select(

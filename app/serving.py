@@ -14,8 +14,6 @@ log = logging.getLogger(__name__)
 
 OTHER_FILES = 256
 """Open files that are no connections: the store's, the models', uploads on their way."""
-KEEP_ALIVE_SECONDS = 75
-"""Longer than the idle time of the usual proxies, so that theirs ends first."""
 
 
 def server_config(app: ASGIApp, settings: Settings, **more: Any) -> uvicorn.Config:
@@ -34,7 +32,7 @@ def server_config(app: ASGIApp, settings: Settings, **more: Any) -> uvicorn.Conf
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.limits.idle_seconds,
         **more,
     )
 

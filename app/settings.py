@@ -103,6 +103,9 @@ class LimitSettings(_Group):
     max_batch_lines: Positive = Field(50_000, description="Lines of one batch")
     max_header_bytes: Positive = Field(64 * 2**10, description="Request line and headers together")
     max_connections: Positive = Field(4096, description="Open connections; beyond it new ones get 503, probes do not")
+    idle_seconds: Positive = Field(
+        75, description="How long a connection stays open between requests; let a proxy's own time be shorter"
+    )
     header_seconds: Positive = Field(20, description="From the first byte of a request to the end of its headers")
     stall_seconds: Positive = Field(
         30, description="How long a body or an answer may stand still before its connection is cut"

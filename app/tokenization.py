@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
 from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from app.json_text import without_lone_surrogates
 
 PIECE_CHARACTERS = 2**17
 """Texts go through the tokenizer this much at a time: it takes up to 600 bytes of memory for a character."""
@@ -99,7 +100,7 @@ class TextTokenizer:
         self, texts: Sequence[str], input_type: InputType | None, default: InputType
     ) -> Iterator[tuple[InputType, list[int]]]:
         for piece in _pieces(texts):
-            clean = [_without_lone_surrogates(text) for text in piece]
+            clean = [without_lone_surrogates(text) for text in piece]
             kinds = [input_type or self._type_in(text) or default for text in clean]
             prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
             for kind, encoding in zip(kinds, self._tokenizer.encode_batch(prompted), strict=True):
@@ -141,12 +142,3 @@ def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
         size += len(text)
     if start < len(texts):
         yield texts[start:]
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """JavaScript sends half an emoji as one; UTF-8 has no such thing, so it becomes U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,14 +27,15 @@ class Answer:
 
 
 class Answers:
-    """Takes what httptools finds. Raises HttpParserError for what is not HTTP."""
+    """Takes what httptools finds; interim answers (100) are left out. Raises HttpParserError for what is not HTTP."""
 
-    def __init__(self, received: bytes) -> None:
+    def __init__(self) -> None:
         self.found: list[Answer] = []
         self._headers: dict[str, str] = {}
         self._parser = httptools.HttpResponseParser(self)
-        if received:
-            self._parser.feed_data(received)
+
+    def feed(self, received: bytes) -> None:
+        self._parser.feed_data(received)
 
     def on_message_begin(self) -> None:
         self._headers = {}
@@ -43,13 +44,15 @@ class Answers:
         self._headers[name.decode().lower()] = value.decode()
 
     def on_headers_complete(self) -> None:
-        self.found.append(Answer(self._parser.get_status_code(), self._headers))
+        if self._parser.get_status_code() >= 200:
+            self.found.append(Answer(self._parser.get_status_code(), self._headers))
 
     def on_body(self, body: bytes) -> None:
         self.found[-1].body += body
 
     def on_message_complete(self) -> None:
-        self.found[-1].complete = True
+        if self._parser.get_status_code() >= 200:
+            self.found[-1].complete = True
 
 
 @contextmanager
@@ -65,22 +68,18 @@ def connected(url: str, *, receive_buffer: int | None = None) -> Iterator[socket
 
 def rest(connection: socket.socket) -> list[Answer]:
     """All answers until the server closes. Raises TimeoutError where it does not."""
-    received = b""
+    answers = Answers()
     try:
         while data := connection.recv(2**16):
-            received += data
+            answers.feed(data)
     except ConnectionResetError:
         pass
-    return Answers(received).found
+    return answers.found
 
 
-def exchange(url: str, sent: bytes, *, half_close: bool = False) -> list[Answer]:
+def exchange(url: str, sent: bytes) -> list[Answer]:
     """What is answered to these bytes on one connection, until the server closes."""
     with connected(url) as connection:
-        try:
+        with suppress(OSError):  # it is closed already, which the answer explains
             connection.sendall(sent)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
-        except OSError:  # it is closed already, which the answer explains
-            pass
         return rest(connection)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from app.api.context_schemas import Metadata
-from app.api.schemas import WireModel
+from app.api.schemas import Stored, WireModel
 from app.stores.batch_base import BatchInfo, BatchStatus, FileInfo
 
 TIMES = (
@@ -17,7 +17,7 @@ TIMES = (
 
 
 class BatchRequest(WireModel):
-    input_file_id: str
+    input_file_id: Stored
     endpoint: str = Field(description="/v1/embeddings")
     completion_window: str = Field(description="24h; a batch runs until it is done")
     metadata: Metadata = Field(default_factory=dict)

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.responses import StreamingResponse
 from starlette.types import Message
 
 from app.api.auth import CanEmbed
 from app.api.batch_schemas import BatchRequest, batch_body, file_body
-from app.api.body import json_body, media_type, validated
+from app.api.body import json_body, validated
 from app.api.dependencies import BatchesOf, Namespace, SettingsOf, admitted
 from app.api.embeddings import request_of
 from app.api.intake import incoming
@@ -71,8 +72,9 @@ async def upload_file(
     request: Request, settings: SettingsOf, _key: CanEmbed, batches: BatchesOf, namespace: Namespace
 ) -> Response:
     """A file of batch lines: multipart form with `file` and `purpose`."""
-    if media_type(request) != "multipart/form-data":
-        raise UnsupportedMediaType("multipart/form-data with 'file' and 'purpose' is expected.")
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise UnsupportedMediaType("multipart/form-data in UTF-8, with 'file' and 'purpose', is expected.")
     async with _bounded(request, settings.limits.max_file_bytes).form(max_files=1, max_fields=20) as given:
         unknown = next((name for name in given if name not in ("file", "purpose")), None)
         if unknown is not None and settings.server.unknown_parameters == "reject":
@@ -89,8 +91,12 @@ async def upload_file(
             while piece := file.file.read(PIECE):
                 yield piece
 
-        info = await batches.upload(namespace, file.filename or "upload.jsonl", purpose, content)
+        info = await batches.upload(namespace, _named(file), purpose, content)
     return ORJSONResponse(file_body(info))
+
+
+def _named(file: UploadFile) -> str:
+    return (file.filename or "upload.jsonl").replace("\0", "")
 
 
 def _bounded(request: Request, limit: int) -> Request:

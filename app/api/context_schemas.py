@@ -7,7 +7,7 @@ import orjson
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from app.api.schemas import InputTypeName, Texts, WireModel
+from app.api.schemas import InputTypeName, Stored, Texts, WireModel
 from app.compatibility import Compatibility
 from app.domain import ContextInfo, Selection
 from app.stores.base import NewContext
@@ -23,7 +23,7 @@ def _few(value: Any) -> Any:
 
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]],
+    dict[Annotated[Stored, Field(max_length=MAX_KEY)], Annotated[Stored, Field(max_length=MAX_VALUE)]],
     Field(max_length=MAX_METADATA),
     BeforeValidator(_few),
 ]
@@ -76,7 +76,7 @@ class CompatibilityRequest(WireModel):
 
 
 class RollbackRequest(WireModel):
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, lt=2**31)
     model: str | None = None
 
 

@@ -5,7 +5,7 @@ import asyncio
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodiesFull, RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from app.errors import BodiesFull, InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from app.settings import LimitSettings
 
 UPLOADS_AT_ONCE = 4
@@ -84,7 +84,7 @@ class Intake:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        _check_encoding(scope)
+        _check_head(scope)
         memory, files = Share(self._memory), Share(self._files)
         body = Incoming(receive, self._limits, memory, files)
         scope.setdefault("state", {})["incoming"] = body
@@ -100,8 +100,10 @@ def incoming(request: Request) -> Incoming:
     return found
 
 
-def _check_encoding(scope: Scope) -> None:
-    """A compressed body says nothing of its size, and no client that is known sends one."""
+def _check_head(scope: Scope) -> None:
+    """Raises UnsupportedMediaType, InvalidRequest."""
     encodings = {value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"}
-    if encodings - {b"", b"identity"}:
+    if encodings - {b"", b"identity"}:  # says nothing of its size, and no client that is known sends one
         raise UnsupportedMediaType("Content-Encoding is not read here. Send the body as it is, uncompressed.")
+    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+        raise InvalidRequest("The URL holds a NUL character, which is in no name.")

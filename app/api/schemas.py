@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from app.domain import Embeddings, FloatArray, ModelSpec
+from app.json_text import without_lone_surrogates
 
 MAX_FIELDS = 64
 """More than any object has; behind them nothing is complained of one by one."""
@@ -50,7 +51,7 @@ def _checked_input(value: Any) -> Any:
 
 Input = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    BeforeValidator(_checked_input),
+    PlainValidator(_checked_input),  # pydantic would look at every item again, once for each branch
     WithJsonSchema(
         {
             "oneOf": [
@@ -67,6 +68,16 @@ Input = Annotated[
         }
     ),
 ]
+
+
+def _storable(value: str) -> str:
+    """What every database takes as text."""
+    if "\0" in value or without_lone_surrogates(value) != value:
+        raise PydanticCustomError("storable", "a NUL character or half an emoji cannot be stored")
+    return value
+
+
+Stored = Annotated[str, AfterValidator(_storable)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 """One complaint is enough: a million of them would take up a gigabyte."""
 InputTypeName = Literal["query", "document", "none"]

@@ -11,6 +11,7 @@ from app.telemetry.requests import current
 LogFormat = Literal["console", "json"]
 
 TOO_CHATTY = ("httpx", "httpx2", "alembic", "urllib3")
+USELESS = ("python_multipart",)  # it warns of every form that is broken
 NO_FIELDS = [*RESERVED_ATTRS, "color_message"]
 """What a record has that nobody gave it as a field; the last is uvicorn's."""
 NOT_AT_THE_END = frozenset({*NO_FIELDS, "request_id", "method", "route", "status"})
@@ -29,6 +30,8 @@ def configure_logging(level: str, style: LogFormat = "console") -> None:
     logging.getLogger("app").setLevel(level.upper())
     for library in TOO_CHATTY:
         logging.getLogger(library).setLevel("WARNING")
+    for library in USELESS:
+        logging.getLogger(library).setLevel("ERROR")
     logging.captureWarnings(True)
 
 

@@ -18,6 +18,7 @@ from app.api import protocol
 from app.json_text import MAX_VALUES
 from tests.api.test_errors import check
 from tests.live import V1, live_server
+from tests.postgres import new_database
 from tests.raw import Answer, connected, exchange, rest
 
 JSON = {"Content-Type": "application/json"}
@@ -158,6 +159,14 @@ def test_any_host_is_as_good(strict: str, host: bytes) -> None:
     for path in (b"/none", b"/v1/contexts/none", b"/health"):
         (answer,) = exchange(strict, b"GET %s HTTP/1.1\r\nConnection: close\r\nHost: %s\r\n\r\n" % (path, host))
         assert answer.status == (200 if path == b"/health" else 404)
+
+
+def test_head_has_no_body(strict: str) -> None:
+    with connected(strict) as connection:
+        connection.sendall(b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert connection.recv(2**16).endswith(b"\r\n\r\n")
+        connection.sendall(LAST)
+        assert [answer.status for answer in rest(connection)] == [200]
 
 
 # --- several requests on a connection -------------------------------------------------------------------------------
@@ -412,3 +421,64 @@ def test_a_very_long_text(http: httpx.Client) -> None:
     assert http.post("/v1/contexts", json=body).json()["documents"]["truncated"] == 1
     response = http.post("/tokenize", json={"input": text, "model": V1})
     check(response, 400, "max_tokens_per_request", "input", "300000")
+
+
+# --- what no database holds -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    url = None if request.param == "sqlite" else new_database(request.getfixturevalue("postgres"))
+    contexts = {"database_url": url, "keep_documents": True}
+    with (
+        live_server(tmp_path_factory.mktemp("stored"), contexts=contexts) as served,
+        httpx.Client(base_url=served, timeout=30) as client,
+    ):
+        yield client
+
+
+BATCH = {"endpoint": "/v1/embeddings", "completion_window": "24h"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/batches", b'{"input_file_id": "\\ud83d"}', "input_file_id"),
+        ("/v1/batches", b'{"input_file_id": "a\\u0000b"}', "input_file_id"),
+        ("/v1/batches", b'{"input_file_id": "x", "metadata": {"k": "\\ud83d"}}', "metadata.k"),
+        ("/v1/contexts", b'{"name": "x", "documents": ["a"], "metadata": {"k": "a\\u0000b"}}', "metadata.k"),
+        ("/v1/contexts/x/rollback", b'{"version": 2147483648}', "version"),
+        ("/v1/contexts/x/rollback", b'{"version": 9223372036854775808}', "version"),
+    ],
+)
+def test_what_cannot_be_stored_is_a_400(stored: httpx.Client, path: str, body: bytes, param: str) -> None:
+    if path == "/v1/batches":
+        body = body[:-1] + b", " + json.dumps(BATCH).encode()[1:]
+    check(stored.post(path, content=body, headers=JSON), 400, None, param)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/contexts/a%00", "/v1/files/%00", "/v1/files?after=%00", "/v1/contexts?after=a%00b", "/v1/models/x@%00"],
+)
+def test_a_nul_in_a_url_is_a_400(stored: httpx.Client, path: str) -> None:
+    check(stored.get(path), 400, None, None, "NUL")
+
+
+def test_documents_of_any_characters_are_kept(stored: httpx.Client) -> None:
+    """Half an emoji becomes U+FFFD, as it does for the model."""
+    body = b'{"name": "odd", "documents": ["half \\ud83d of it", "nul \\u0000"]}'
+    assert stored.post("/v1/contexts", content=body, headers=JSON).status_code == 201
+    kept = [json.loads(line)["text"] for line in stored.get("/v1/contexts/odd/documents").text.splitlines()]
+    assert sorted(kept) == ["half \ufffd of it", "nul \0"]
+
+
+def test_the_name_of_a_file(stored: httpx.Client) -> None:
+    head, end = b"multipart/form-data; boundary=b", b"\r\n\r\nx\r\n--b--\r\n"
+    form = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    form += b'--b\r\nContent-Disposition: form-data; name="file"; filename="a\0\\ud83d"' + end
+    made = stored.post("/v1/files", content=form, headers={"Content-Type": head.decode()})
+    assert (made.status_code, made.json()["filename"]) == (200, "a\\ud83d")
+    for charset in ("unicode_escape", "undefined", "utf-7"):
+        answer = stored.post("/v1/files", content=form, headers={"Content-Type": f"{head.decode()}; charset={charset}"})
+        check(answer, 415, "unsupported_media_type", None, "UTF-8")

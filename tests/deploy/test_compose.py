@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from app.cli.draining import longest_end
-from app.serving import KEEP_ALIVE_SECONDS
 from app.settings import LimitSettings, ServerSettings
 from app.settings_sources import load_settings
 
@@ -109,7 +108,7 @@ def test_the_gateway_knows_the_services_limits() -> None:
     (body,) = re.findall(r"client_max_body_size (\d+)m;", nginx["locations.conf"])
     assert int(body) * 2**20 == LimitSettings().max_body_bytes
     (idle,) = re.findall(r"keepalive_timeout (\d+)s;", nginx["upstream.conf"])
-    assert int(idle) < KEEP_ALIVE_SECONDS
+    assert int(idle) < LimitSettings().idle_seconds
 
 
 def test_gateway_and_prometheus_ask_the_names_that_replicas_have(services: dict[str, Any]) -> None:
