@@ -7,6 +7,9 @@ MODEL ?=
 # Where torch comes from when the default index would bring CUDA: TORCH_INDEX=<URL of PyTorch's CPU wheels>
 TORCH_INDEX ?=
 
+# How many of them `make fuzz` sends to a server of its own.
+REQUESTS ?= 100000
+
 # Other people's clients, and their pins, stay out of $(VENV).
 CLIENTS_VENV ?= .venv-clients
 
@@ -15,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # Where tiktoken looks for cl100k_base, which LangChain's token ids are made with.
 VOCABULARY := $(abspath $(VENV))/share/tiktoken
 
-.PHONY: serve test test-clients clean
+.PHONY: serve test test-clients fuzz clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -30,6 +33,9 @@ test: $(VENV)/.test
 test-clients:
 	$(MAKE) VENV=$(CLIENTS_VENV) $(CLIENTS_VENV)/.clients
 	$(CLIENTS_VENV)/bin/python -m pytest tests/clients
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --requests $(REQUESTS)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache build *.egg-info
