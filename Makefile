@@ -11,6 +11,9 @@ TORCH_INDEX ?=
 ENGINE ?= docker
 BUILD_OPTIONS ?= $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 
+# How many of them `make fuzz` sends to a server of its own.
+REQUESTS ?= 100000
+
 # Other people's clients, and their pins, stay out of $(VENV).
 CLIENTS_VENV ?= .venv-clients
 
@@ -25,7 +28,7 @@ VOCABULARY := $(abspath $(VENV))/share/tiktoken
 SOAK ?=
 LOAD_MODEL ?= builtin/minilm-context
 
-.PHONY: serve test test-ray test-clients load test-image sbom audit clean
+.PHONY: serve test test-ray test-clients load fuzz test-image sbom audit clean
 
 serve: $(VENV)/.serve
 	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
@@ -65,6 +68,9 @@ audit: $(VENV)/.serve $(VENV)/.tools
 load: $(VENV)/.test
 	failed=0; for what in overload scheduling disconnects $(if $(SOAK),"soak --minutes $(SOAK)"); do \
 		$(BIN)/python -m tests.load $$what --model $(LOAD_MODEL) || failed=$$((failed + 1)); done; exit $$failed
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --requests $(REQUESTS)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache build *.egg-info
