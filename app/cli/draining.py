@@ -97,7 +97,8 @@ class DrainingServer(uvicorn.Server):
 
 def longest_end(settings: ServerSettings) -> float:
     """Seconds from SIGTERM to the end at the latest; who sends SIGKILL after it should wait longer."""
-    return settings.grace + settings.drain_seconds + LAST_BATCH_SECONDS + FLUSH_SECONDS
+    waits = 2 * LAST_CALL_SECONDS + 2 * FLUSH_SECONDS  # around the refusals; for what is given up, and by uvicorn
+    return settings.grace + settings.drain_seconds + waits + LAST_BATCH_SECONDS
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
