@@ -1,8 +1,10 @@
 """Whether a request finds room in the queue, for all its texts or not at all, and can be answered in time."""
 
 import math
+from collections.abc import Sequence
 
 from app.domain import Caller, Lane
+from app.engine.batching import Job
 from app.engine.scheduling import WaitingJobs
 from app.errors import DeadlineExceeded, QueueFull, TooManyTokens
 
@@ -34,6 +36,10 @@ class Admission:
         """Tokens as computed a second, of all workers."""
         return self._workers * self._tokens / self._seconds
 
+    def took(self, batch: Sequence[Job]) -> None:
+        """It begins to run."""
+        self.running_tokens += sum(job.cost for job in batch)
+
     def measure(self, tokens: int, seconds: float) -> None:
         """A batch took so long. Tokens and times are averaged apart, so that a slow batch counts for as long as it
         took; the average of the batches' rates would be too high by far where they differ."""
@@ -42,36 +48,48 @@ class Admission:
         self._seconds += share * (max(seconds, 1e-6) - self._seconds)
         self._measured = True
 
-    def check(self, lane: Lane, cost: int, caller: Caller, now: float) -> None:
-        """Whether texts of `cost` tokens may wait in `lane`. Raises TooManyTokens, QueueFull, DeadlineExceeded."""
+    def check(self, lane: Lane, costs: list[int], caller: Caller, now: float) -> None:
+        """Whether texts of these tokens may wait in `lane`. Raises TooManyTokens, QueueFull, DeadlineExceeded."""
+        cost = sum(costs)
         if cost > self._queue_tokens:
             raise TooManyTokens(
                 f"Invalid 'input': {cost} tokens as computed, context rows counted, and this server's queue takes "
                 f"{self._queue_tokens}. Send fewer texts at a time.",
                 param="input",
             )
-        before, held, room = self._standing(lane)
+        held, room = self._room(lane)
         over = held + cost - room if held else 0
-        late = before / self.drain_rate - self._queue_seconds if self._measured else 0.0
+        turn = self._seconds_until(lane, caller.client, costs[0], now) if self._measured else 0.0
+        late = turn - self._queue_seconds
         if over > 0 or late > 0:
             raise QueueFull(
                 "The server is busy: its queue is full. Please try again after the time in Retry-After.",
                 retry_after=max(over / self.drain_rate, late),
             )
-        ready = (before + cost) / self.drain_rate
-        if self._measured and caller.deadline is not None and now + ready / HOPELESS > caller.deadline:
+        if not self._measured or caller.deadline is None or lane is Lane.BACKGROUND:
+            return
+        ready = self._seconds_until(lane, caller.client, cost, now) + cost / self.drain_rate
+        if now + ready / HOPELESS > caller.deadline:
             raise DeadlineExceeded(
                 f"The server is busy: this request would be ready in about {ready:.1f} s, which is beyond its time "
                 f"(x-timeout-ms, or the server's default). Please try again later, or allow more time.",
-                retry_after=before / self.drain_rate,
+                retry_after=turn,
             )
 
-    def _standing(self, lane: Lane) -> tuple[int, int, float]:
-        """Tokens before a newcomer's turn, tokens that take up the room it needs, and that room."""
-        tokens, running = self._waiting.tokens, self.running_tokens
-        awaited = tokens(Lane.INTERACTIVE, Lane.BULK) + running
-        if lane is Lane.BACKGROUND:  # its queue is its own, and it waits however long it takes
-            return 0, tokens(Lane.BACKGROUND), self._queue_tokens
-        if lane is Lane.BULK:
-            return awaited, awaited, BULK_SHARE * self._queue_tokens
-        return tokens(Lane.INTERACTIVE) + running, awaited, self._queue_tokens
+    def _room(self, lane: Lane) -> tuple[int, float]:
+        """Tokens that take up the room a newcomer needs, and that room."""
+        if lane is Lane.BACKGROUND:  # its queue is its own
+            return self._waiting.tokens(lane), self._queue_tokens
+        awaited = self._waiting.tokens(Lane.INTERACTIVE, Lane.BULK) + self.running_tokens
+        return awaited, self._queue_tokens * (BULK_SHARE if lane is Lane.BULK else 1.0)
+
+    def _seconds_until(self, lane: Lane, client: str, cost: int, now: float) -> float:
+        """Until what runs before the last of `cost` tokens of a client has run. The background waits however long it
+        takes; what comes later to a faster lane is not known."""
+        if lane is Lane.BACKGROUND:
+            return 0.0
+        queue = self._waiting.lanes[lane]
+        before = self.running_tokens + max(queue.ahead(client, cost), queue.ahead_if_others_go_on(client))
+        if lane is Lane.INTERACTIVE:
+            return before / (self._waiting.interactive_share(now) * self.drain_rate)
+        return (before + self._waiting.tokens(Lane.INTERACTIVE)) / self.drain_rate

@@ -4,6 +4,7 @@ One on a GPU. On a CPU one a core, each computing with one thread and all sharin
 threads of one forward wait for each other. A further thread watches over them.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ class Engine:
         self._models = replicas[0]
         self._options = options
         self._changed = threading.Condition()
-        self._waiting = WaitingJobs(ride=options.ride)
+        self._waiting = WaitingJobs(ride=options.ride, late_seconds=options.queue_seconds or math.inf)
         devices = [
             Replica(models, batch_tokens=options.batch_tokens, cache_bytes=options.cache_bytes, exact=exact)
             for models in replicas
@@ -121,7 +122,7 @@ class Engine:
         submission = jobs[0].submission
         with self._changed:
             try:
-                self._check(submission.lane, sum(job.cost for job in jobs), caller)
+                self._check(submission.lane, [job.cost for job in jobs], caller)
             except (QueueFull, DeadlineExceeded, ShuttingDown, EngineUnavailable) as error:
                 metrics.REFUSED.labels(_REASONS[type(error)]).inc()
                 raise
@@ -144,10 +145,10 @@ class Engine:
         """For a worker: waits for a batch; empty when stopping and nothing is left."""
         with self._changed:
             while True:
-                batch = self._waiting.next_batch(worker.replica.batch_tokens)
+                now = time.monotonic()
+                batch = self._waiting.next_batch(worker.replica.batch_tokens, now)
                 if batch or self._stopping:
-                    now = time.monotonic()
-                    self._admission.running_tokens += sum(job.cost for job in batch)
+                    self._admission.took(batch)
                     worker.took(batch, now)
                     for job in batch:
                         if job.submission.timing.started_at is None:
@@ -186,12 +187,12 @@ class Engine:
             return Lane.BACKGROUND
         return Lane.INTERACTIVE if texts <= self._options.interactive_texts else Lane.BULK
 
-    def _check(self, lane: Lane, cost: int, caller: Caller) -> None:
+    def _check(self, lane: Lane, costs: list[int], caller: Caller) -> None:
         if self._stopping:
             raise ShuttingDown("The server is shutting down. Send the request again to another replica.")
         if not self._crew.is_alive:
             raise EngineUnavailable("The device worker is not running. The server's log says why.")
-        self._admission.check(lane, cost, caller, time.monotonic())
+        self._admission.check(lane, costs, caller, time.monotonic())
 
     def _forget(self, submission: Submission) -> None:
         """Its future is done: by an answer, by a fault of one of its texts, or because nobody waits any more."""

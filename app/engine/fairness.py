@@ -1,39 +1,45 @@
-"""Fair shares of one group of jobs: between clients, and between the requests of each.
+"""Fair shares of one group of jobs between clients, and the order of each one's requests.
 
-Start-time fair queueing (Goyal et al., 1996), twice: the client that has had least goes next, and of its requests the
-one that stands first in virtual time.
+Between clients, start-time fair queueing (Goyal et al., 1996): who has had least goes next. Virtual time also goes on
+with what is computed for the average client, as in weighted fair queueing (Demers et al., 1989): else ever new clients
+would all go before one that has had a text already.
+
+A client's requests run in the order in which they would be through if each of them began when it came and had the
+client's whole share (virtual finish times): those of one size as they came, small ones before larger ones, which
+nothing passes any more once the client has had as much as they need.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from app.engine.batching import Job
 
+LOOK_AHEAD = 4
+"""Batches among whose jobs one batch is chosen: more find nearer lengths, and keep the others waiting for longer."""
 SLACK = 64
-"""Dead jobs a client's heap may hold beside as many as live ones."""
+"""Dead jobs a client's heap may hold beside as many as live ones; likewise clients that have gone."""
 
-_Tagged = tuple[int, int, Job]
+_Tagged = tuple[float, int, Job]
 """Tag, arrival, job: the order of a client's heap."""
 
 
 class ClientQueue:
-    """One client's jobs of one group and lane. A job's tag is the virtual time at which its request came, plus the
-    cost of the jobs before it in that request; the lowest tag goes first."""
+    """One client's jobs of one group and lane. A job's tag is what the client had when its request came, plus the cost
+    of the whole request; the lowest tag goes first."""
 
-    def __init__(self, served: int) -> None:
+    def __init__(self, served: float) -> None:
         self.served = served
         """Tokens it has had, on the scale of all clients' that wait beside it."""
         self.jobs = 0
         self._heap: list[_Tagged] = []
-        self._virtual = 0
 
-    def add(self, jobs: Iterable[Job], arrivals: "count[int]") -> None:
-        tag = self._virtual
+    def add(self, jobs: Sequence[Job], arrivals: "count[int]") -> None:
+        """The jobs of one request."""
+        tag = self.served + sum(job.cost for job in jobs)
         for job in jobs:
             heappush(self._heap, (tag, next(arrivals), job))
-            tag += job.cost
-            self.jobs += 1
+        self.jobs += len(jobs)
 
     def pop(self) -> _Tagged | None:
         """The next live job, taken out."""
@@ -49,10 +55,6 @@ class ClientQueue:
     def put_back(self, entry: _Tagged) -> None:
         heappush(self._heap, entry)
         self.jobs += 1
-
-    def reached(self, tag: int) -> None:
-        """The first job in line has this tag: what comes from now on stands behind it, not behind all others."""
-        self._virtual = max(self._virtual, tag)
 
     def forget(self, jobs: int) -> None:
         """So many of its jobs were dropped; the heap is rid of them when they are most of it."""
@@ -78,36 +80,43 @@ class GroupQueue:
 
     def __init__(self, arrivals: "count[int]") -> None:
         self._clients: dict[str, ClientQueue] = {}
-        self._virtual = 0
+        self._gone: dict[str, float] = {}
+        """Clients with nothing left, and what they have had: who sends one text at a time is to have no more of the
+        device than the others."""
+        self._virtual = 0.0
         self._arrivals = arrivals
 
     def __bool__(self) -> bool:
         return bool(self._clients)
 
-    def add(self, client: str, jobs: Iterable[Job]) -> None:
+    def add(self, client: str, jobs: Sequence[Job]) -> None:
         if client not in self._clients:
-            self._clients[client] = ClientQueue(self._virtual)
+            served = max(self._virtual, self._gone.pop(client, 0))
+            self._clients[client] = ClientQueue(served)
         self._clients[client].add(jobs, self._arrivals)
 
-    def pick(self, limit: int) -> list[_Picked]:
-        """Up to `limit` jobs in the order they should run, taken out; `settle` puts back those that do not."""
+    def pick(self, budget: int) -> list[_Picked]:
+        """Jobs of some batches of `budget` tokens, in the order they should run, taken out; `settle` puts back those
+        that do not."""
+        left = LOOK_AHEAD * budget
         order = [(queue.served, i, client, queue) for i, (client, queue) in enumerate(self._clients.items())]
         heapify(order)
         picked: list[_Picked] = []
-        while order and len(picked) < limit:
+        while order and left > 0:
             served, i, client, queue = heappop(order)
             entry = queue.pop()
             if entry is not None:
                 picked.append((entry, client, queue))
+                left -= min(entry[2].cost, budget)
                 heappush(order, (served + entry[2].cost, i, client, queue))
         return picked
 
     def settle(self, picked: Sequence[_Picked], running: set[int]) -> None:
         """`running`: the ids of the picked jobs that run now."""
-        self._virtual = max([self._virtual, *(queue.served for _, _, queue in picked[:1])])
-        first = {id(queue): entry[0] for entry, _, queue in reversed(picked)}
+        computed = sum(entry[2].cost for entry, _, _ in picked if id(entry[2]) in running)
+        passed = self._virtual + computed / max(1, len(self._clients))
+        self._virtual = max([passed, *(queue.served for _, _, queue in picked[:1])])
         for entry, _, queue in picked:
-            queue.reached(first[id(queue)])
             if id(entry[2]) in running:
                 queue.served += entry[2].cost
             else:
@@ -129,3 +138,6 @@ class GroupQueue:
     def _tidy(self, client: str, queue: ClientQueue) -> None:
         if queue.jobs == 0 and self._clients.get(client) is queue:
             del self._clients[client]
+            self._gone[client] = queue.served
+            if len(self._gone) > 2 * len(self._clients) + SLACK:
+                self._gone = {name: served for name, served in self._gone.items() if served > self._virtual}

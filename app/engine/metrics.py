@@ -9,7 +9,7 @@ SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 QUEUE_TOKENS = Gauge("cde_queue_tokens", "Tokens as computed that wait, context rows counted", ["lane"])
 QUEUE_JOBS = Gauge("cde_queue_jobs", "Texts that wait", ["lane"])
-QUEUE_AGE = Gauge("cde_queue_age_seconds", "Since when the oldest request that waits does", ["lane"])
+QUEUE_AGE = Gauge("cde_queue_age_seconds", "How long the oldest request that waits for its turn has waited", ["lane"])
 QUEUE_WAIT = Histogram("cde_queue_wait_seconds", "From admission to the first forward", ["lane"], buckets=SECONDS)
 RUNNING_TOKENS = Gauge("cde_running_tokens", "Tokens as computed in the batches that run")
 REFUSED = Counter(

@@ -1,15 +1,17 @@
 """The queue: which waiting jobs run next. No threads of its own, no torch, no clock.
 
 Four rules, from the outside in:
-1. Lanes: interactive before bulk before background; a lane that was passed over often enough goes first (ageing).
+1. Lanes: interactive before bulk before background; a lane that was passed over often enough goes first (ageing), every
+   other time where somebody has waited for too long.
 2. Groups (model and stage) of a lane take turns, batch by batch.
 3. Clients share a group equally: who has had least goes next.
-4. The requests of one client share likewise, so that a short one passes a long one.
+4. The requests of one client run in the order they came, but small ones pass larger ones.
 
 The last two are in `fairness.py`.
 """
 
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from itertools import count
 
@@ -17,9 +19,10 @@ from app.domain import Lane
 from app.engine.batching import Group, Job, Submission, joined, packed
 from app.engine.fairness import Choose, GroupQueue
 
-LOOK_AHEAD = 256
 PATIENCE = {Lane.INTERACTIVE: 1 << 62, Lane.BULK: 4, Lane.BACKGROUND: 8}
 """Batches of other lanes after which a waiting lane goes first, so that none ever stands still."""
+LATE = 1
+"""The same, where a request has waited for its turn for too long."""
 RIDE_RATIO = 2
 """Jobs of a slower lane ride along up to so many times the length of the longest in the batch."""
 
@@ -27,23 +30,40 @@ RIDE_RATIO = 2
 class LaneQueue:
     """The groups of one lane, and what waits in it."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, late_seconds: float) -> None:
         self.lane = lane
+        self._late_seconds = late_seconds
         self.tokens = 0
         self.jobs = 0
         self.passed_over = 0
+        self._clients: Counter[str] = Counter()
         self._groups: OrderedDict[Group, GroupQueue] = OrderedDict()
-        self._submissions: dict[int, Submission] = {}
+        self._unbegun: dict[int, Submission] = {}
+        """Requests of which nothing has run, in the order they came."""
         self._arrivals = count()
 
     @property
-    def is_due(self) -> bool:
-        return self.jobs > 0 and self.passed_over >= PATIENCE[self.lane]
-
-    @property
     def oldest(self) -> Submission | None:
-        """Of those with a waiting job, the one that came first."""
-        return next(iter(self._submissions.values()), None)
+        """Of the requests that wait for their turn, the one that came first."""
+        return next(iter(self._unbegun.values()), None)
+
+    def patience(self, now: float) -> int:
+        """Batches of other lanes after which this one goes first."""
+        late = self.oldest is not None and now - self.oldest.timing.queued_at > self._late_seconds
+        return LATE if late else PATIENCE[self.lane]
+
+    def is_due(self, now: float) -> bool:
+        return self.jobs > 0 and self.passed_over >= self.patience(now)
+
+    def ahead(self, client: str, cost: int) -> int:
+        """Tokens that run before `cost` further ones of a client are through, these left out: what it has here, and of
+        every other client as much, if it has so much."""
+        own = self._clients[client]
+        return own + sum(min(tokens, own + cost) for name, tokens in self._clients.items() if name != client)
+
+    def ahead_if_others_go_on(self, client: str) -> int:
+        """The same of clients that always have something here, as they do where more is asked for than computed."""
+        return self._clients[client] * len(self._clients)
 
     def add(self, jobs: Sequence[Job]) -> None:
         """The jobs of one request."""
@@ -59,7 +79,7 @@ class LaneQueue:
         while self._groups:
             group = next(iter(self._groups))
             self._groups.move_to_end(group)
-            batch = self._taken(group, lambda jobs: packed(jobs, budget))
+            batch = self._taken(group, budget, lambda jobs: packed(jobs, budget))
             if batch:
                 return batch
         return []
@@ -69,6 +89,7 @@ class LaneQueue:
         longest = max(job.cost for job in batch)
         extra = self._taken(
             batch[0].submission.group,
+            budget,
             lambda jobs: joined(batch, jobs, budget, lambda job: job.cost <= RIDE_RATIO * longest)[len(batch) :],
         )
         return batch + extra
@@ -77,9 +98,9 @@ class LaneQueue:
         """Its jobs that wait are dead from now on."""
         submission.dropped = True
         gone, self.jobs = submission.waiting_jobs, self.jobs - submission.waiting_jobs
-        self.tokens -= submission.waiting_tokens
+        self._weigh(submission.client, -submission.waiting_tokens)
         submission.waiting_jobs = submission.waiting_tokens = 0
-        self._submissions.pop(id(submission), None)
+        self._unbegun.pop(id(submission), None)
         group = self._groups.get(submission.group)
         if group is not None:
             group.forget(submission.client, gone)
@@ -92,11 +113,11 @@ class LaneQueue:
             self._count(job, -1)
         return jobs
 
-    def _taken(self, group: Group, choose: Choose) -> list[Job]:
+    def _taken(self, group: Group, budget: int, choose: Choose) -> list[Job]:
         queue = self._groups.get(group)
         if queue is None:
             return []
-        picked = queue.pick(LOOK_AHEAD)
+        picked = queue.pick(budget)
         chosen = choose([entry[2] for entry, _, _ in picked]) if picked else []
         queue.settle(picked, {id(job) for job in chosen})
         for job in chosen:
@@ -111,21 +132,28 @@ class LaneQueue:
     def _count(self, job: Job, sign: int) -> None:
         submission = job.submission
         self.jobs += sign
-        self.tokens += sign * job.cost
+        self._weigh(submission.client, sign * job.cost)
         submission.waiting_jobs += sign
         submission.waiting_tokens += sign * job.cost
         if sign > 0:
-            self._submissions[id(submission)] = submission
-        elif submission.waiting_jobs == 0:
-            self._submissions.pop(id(submission), None)
+            self._unbegun[id(submission)] = submission
+        else:
+            self._unbegun.pop(id(submission), None)
+
+    def _weigh(self, client: str, tokens: int) -> None:
+        self.tokens += tokens
+        self._clients[client] += tokens
+        if self._clients[client] == 0:
+            del self._clients[client]
 
 
 class WaitingJobs:
     """All lanes. `ride`: spare room of a batch is filled from slower lanes, which pays where a batch costs little more
-    when it is larger, as on a GPU."""
+    when it is larger, as on a GPU. `late_seconds`: of waiting for a turn, after which a lane that
+    somebody waits for has every other batch."""
 
-    def __init__(self, *, ride: bool = False) -> None:
-        self.lanes = {lane: LaneQueue(lane) for lane in Lane}
+    def __init__(self, *, ride: bool = False, late_seconds: float = math.inf) -> None:
+        self.lanes = {lane: LaneQueue(lane, math.inf if lane is Lane.BACKGROUND else late_seconds) for lane in Lane}
         self._ride = ride
 
     def __len__(self) -> int:
@@ -135,16 +163,21 @@ class WaitingJobs:
         """Tokens as computed that wait in these lanes."""
         return sum(self.lanes[lane].tokens for lane in lanes)
 
+    def interactive_share(self, now: float) -> float:
+        """Of all batches, the part that goes to the interactive lane if it has enough for them."""
+        slower = [self.lanes[lane] for lane in (Lane.BULK, Lane.BACKGROUND) if self.lanes[lane].jobs]
+        return math.prod(1 - 1 / (1 + queue.patience(now)) for queue in slower)
+
     def add(self, jobs: Sequence[Job]) -> None:
         """The jobs of one request."""
         if jobs:
             self.lanes[jobs[0].submission.lane].add(jobs)
 
-    def next_batch(self, budget: int) -> list[Job]:
+    def next_batch(self, budget: int, now: float) -> list[Job]:
         """Jobs of one group that together take at most `budget` tokens, padded; one job of any length alone. Empty
         when nothing waits."""
         waiting = [queue for queue in self.lanes.values() if queue.jobs]
-        for chosen in sorted(waiting, key=lambda queue: not queue.is_due):  # else in their order
+        for chosen in sorted(waiting, key=lambda queue: not queue.is_due(now)):  # else in their order
             batch = chosen.next_batch(budget)
             if not batch:
                 continue

@@ -7,6 +7,7 @@ or a sum in the same pass; `onednn::qlinear_pointwise` does so in int8. torch.co
 T rows, K inputs, N outputs of a layer.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,6 +15,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# oneDNN keeps compiled code for every shape it has met, about 1 MB each, and every length of a text has its own shapes.
+# This is read when it is first used. With a quarter of its own default the process stops growing early; to compile a
+# shape again takes less than 1 ms.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 Precision = Literal["float32", "bfloat16", "int8"]
 LinearKernel = Literal["torch", "onednn"]

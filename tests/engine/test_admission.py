@@ -4,7 +4,7 @@ import pytest
 
 from app.domain import ANYBODY, Caller, Lane, Stage
 from app.engine.admission import Admission
-from app.engine.batching import submission_jobs
+from app.engine.batching import Job, submission_jobs
 from app.engine.scheduling import WaitingJobs
 from app.errors import DeadlineExceeded, QueueFull, TooManyTokens
 from tests.engine.stub import context, text
@@ -12,14 +12,24 @@ from tests.engine.stub import context, text
 NOW = 1000.0
 
 
-def desk(*waiting: tuple[Lane, int], running: int = 0, seconds: float = 0.0, rate: float | None = None) -> Admission:
-    """With so many tokens waiting in lanes; 100 tokens a second and worker where `rate` says no other."""
+def one(lane: Lane, tokens: int, client: str = "") -> list[Job]:
+    """A request of one text."""
+    some = [text(*range(tokens))]
+    return submission_jobs(
+        ("m", Stage.SECOND), some, context(1.0), hidden_size=4, context_rows=0, lane=lane, client=client
+    )
+
+
+def desk(
+    *waiting: tuple[Lane, int] | tuple[Lane, int, str],
+    running: int = 0,
+    seconds: float = 0.0,
+    rate: float | None = None,
+) -> Admission:
+    """With so many tokens of clients waiting in lanes; `rate`: of each of two workers, tokens a second."""
     queue = WaitingJobs()
-    for lane, tokens in waiting:
-        made = submission_jobs(
-            ("m", Stage.SECOND), [text(*range(tokens))], context(1.0), hidden_size=4, context_rows=0, lane=lane
-        )
-        queue.add(made)
+    for request in waiting:
+        queue.add(one(*request))
     admission = Admission(queue, queue_tokens=1000, queue_seconds=seconds, workers=2)
     admission.running_tokens = running
     if rate is not None:
@@ -44,32 +54,60 @@ def desk(*waiting: tuple[Lane, int], running: int = 0, seconds: float = 0.0, rat
 )
 def test_room(admission: Admission, lane: Lane, cost: int, fits: bool) -> None:
     if fits:
-        admission.check(lane, cost, ANYBODY, NOW)
+        admission.check(lane, [cost], ANYBODY, NOW)
     else:
         with pytest.raises(QueueFull):
-            admission.check(lane, cost, ANYBODY, NOW)
+            admission.check(lane, [cost], ANYBODY, NOW)
 
 
 def test_a_refusal_says_when_there_will_be_room() -> None:
     admission = desk((Lane.BULK, 900), rate=100)  # of each of two workers
     with pytest.raises(QueueFull) as refused:
-        admission.check(Lane.INTERACTIVE, 300, ANYBODY, NOW)
+        admission.check(Lane.INTERACTIVE, [300], ANYBODY, NOW)
     assert refused.value.retry_after == pytest.approx(1.0)
 
 
 def test_what_is_larger_than_the_queue_is_refused_for_good() -> None:
     with pytest.raises(TooManyTokens):
-        desk().check(Lane.BULK, 1001, ANYBODY, NOW)
+        desk().check(Lane.BULK, [1001], ANYBODY, NOW)
 
 
 def test_a_wait_that_is_too_long_is_a_full_queue() -> None:
     admission = desk((Lane.BULK, 500), seconds=2.0, rate=100)  # 2.5 s until its turn
     with pytest.raises(QueueFull) as refused:
-        admission.check(Lane.BULK, 10, ANYBODY, NOW)
+        admission.check(Lane.BULK, [10], ANYBODY, NOW)
     assert refused.value.retry_after == pytest.approx(0.5)
-    admission.check(Lane.INTERACTIVE, 10, ANYBODY, NOW)  # which goes before it
-    admission.check(Lane.BACKGROUND, 10, ANYBODY, NOW)
-    desk((Lane.BULK, 500), seconds=2.0).check(Lane.BULK, 10, ANYBODY, NOW)  # nothing was measured yet
+    admission.check(Lane.INTERACTIVE, [10], ANYBODY, NOW)  # which goes before it
+    admission.check(Lane.BACKGROUND, [10], ANYBODY, NOW)
+    desk((Lane.BULK, 500), seconds=2.0).check(Lane.BULK, [10], ANYBODY, NOW)  # nothing was measured yet
+
+
+@pytest.mark.parametrize(
+    ("waiting", "client", "wait"),
+    [
+        ([(Lane.BULK, 300, "a"), (Lane.BULK, 100, "b")], "a", 6.0),  # b has its turns meanwhile, and may go on
+        ([(Lane.BULK, 300, "a"), (Lane.BULK, 100, "b")], "b", 2.2),  # as does a, but no more than b
+        ([(Lane.BULK, 300, "a"), (Lane.BULK, 100, "b")], "new", 0.4),
+        ([(Lane.BULK, 300, "a"), (Lane.INTERACTIVE, 100, "b")], "new", 0.2 + 1.0),
+        ([(Lane.BULK, 10, str(i)) for i in range(50)], "new", 5.0),  # many clients make a queue, too
+    ],
+)
+def test_a_client_waits_for_its_own_requests_and_its_share(
+    waiting: list[tuple[Lane, int, str]], client: str, wait: float
+) -> None:
+    """At 100 tokens a second, until a text of 20 tokens has its turn."""
+    costs, caller = [20] * 5, Caller(client)
+    desk(*waiting, seconds=wait + 0.01, rate=50).check(Lane.BULK, costs, caller, NOW)
+    with pytest.raises(QueueFull) as refused:
+        desk(*waiting, seconds=wait - 0.05, rate=50).check(Lane.BULK, costs, caller, NOW)
+    assert refused.value.retry_after == pytest.approx(0.05)
+
+
+def test_what_the_other_lane_has_of_the_device_counts() -> None:
+    few = desk((Lane.INTERACTIVE, 100), (Lane.BULK, 100), seconds=1.2, rate=50)  # four of five batches: 1.25 s
+    with pytest.raises(QueueFull):
+        few.check(Lane.INTERACTIVE, [20], ANYBODY, NOW)
+    desk((Lane.INTERACTIVE, 100), seconds=1.2, rate=50).check(Lane.INTERACTIVE, [20], ANYBODY, NOW)
 
 
 @pytest.mark.parametrize(("time_left", "hopeless"), [(1.5, False), (1.0, True)])
@@ -77,10 +115,10 @@ def test_a_deadline_that_cannot_be_kept_is_refused_before_any_work(time_left: fl
     admission = desk((Lane.BULK, 400), rate=100)
     caller = Caller(deadline=NOW + time_left)  # ready after 2.5 s by an estimate
     if not hopeless:
-        admission.check(Lane.BULK, 100, caller, NOW)
+        admission.check(Lane.BULK, [100], caller, NOW)
         return
     with pytest.raises(DeadlineExceeded) as refused:
-        admission.check(Lane.BULK, 100, caller, NOW)
+        admission.check(Lane.BULK, [100], caller, NOW)
     assert refused.value.retry_after == pytest.approx(2.0)
 
 

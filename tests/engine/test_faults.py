@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain import Stage, TokenizedText
+from app.domain import Caller, Stage, TokenizedText
 from app.engine import metrics
 from app.engine.replica import GROW_AFTER
 from app.engine.workers import RESTARTS, Problem
@@ -256,8 +256,10 @@ def test_poison_in_one_of_many_large_requests_fails_that_one_alone() -> None:
     engine = engine_of(model, batch_tokens=44)
     engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
     assert gate.entered.wait(10)
-    good = [engine.submit("stub", Stage.SECOND, [text(i)] * 20, context(1.0)) for i in range(1, 5)]
-    bad = engine.submit("stub", Stage.SECOND, [text(666), *[text(1)] * 200], context(1.0))
+    good = [
+        engine.submit("stub", Stage.SECOND, [text(i)] * 20, context(1.0), caller=Caller(str(i))) for i in range(1, 5)
+    ]
+    bad = engine.submit("stub", Stage.SECOND, [text(666), *[text(1)] * 200], context(1.0), caller=Caller("bad"))
     gate.open.set()
     with pytest.raises(ServerFault):
         bad.result(10)

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 from app.domain import Lane
-from app.engine.scheduling import PATIENCE
 from tests.load.known import Known
 from tests.load.report import Line, ms, p50_p95, percentile
 from tests.load.server import KEYS, NO_CACHE, LoadServer
@@ -27,12 +26,9 @@ SIZES = (1, 1, 2, 3, 4, 8, 16, 32)
 FEW = 8
 """Texts of an interactive request, at most: the server's default."""
 SHARES = {"a": 4, "b": 1, "c": 1}
-LANES = {
-    "interactive": (PATIENCE[Lane.BULK] + 1) / PATIENCE[Lane.BULK],
-    "bulk": PATIENCE[Lane.BULK] + 1,
-}
-"""How much longer than `limits.queue_seconds` a request may wait at worst: the other lane has that much of the device,
-and what comes to it later was not known when the request was taken."""
+LANES = {Lane.INTERACTIVE: 2.5, Lane.BULK: 4.0}
+"""How many times `limits.queue_seconds` a request may wait for its turn at worst: what comes later from other clients
+and to the other lane, and has its share, was not known when the request was taken."""
 PROBE_SECONDS, LOOK_SECONDS = 0.1, 0.25
 IDLE_FACTOR, SMOOTH = 2.0, 5
 REFUSED_WITHIN, IDLE_WITHIN = 0.05, 5.0
@@ -96,9 +92,9 @@ class Overload:
             "by_key": {key: _kept(self.answers, key) for key in KEYS},
         }
 
-    def _oldest(self, lane: str) -> Line:
+    def _oldest(self, lane: Lane) -> Line:
         age, most = self.oldest.get(lane, 0.0), self.queue_seconds * LANES[lane]
-        return Line(f"oldest in the queue, {lane}", f"{age:.1f} s", f"≤ {most:.1f} s", age <= most)
+        return Line(f"longest wait for a turn, {lane}", f"{age:.1f} s", f"≤ {most:.1f} s", age <= most)
 
     def lines(self) -> list[Line]:
         refusal = percentile([answer.seconds for answer in self.refused], 50)

@@ -1,5 +1,8 @@
 """Every way to compute gives the reference's answers: kernels, precisions, batches, threads."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -127,3 +130,32 @@ def test_the_tuner_picks_something_that_is_there() -> None:
         assert kernels.precision == precision
         assert kernels.linear == "torch" or has_onednn(precision)
     assert fastest("bfloat16", torch.device("cuda")) == Kernels("bfloat16", compute=torch.bfloat16)
+
+
+OTHER_SHAPES = """
+import app.models.kernels, torch
+x, weight = torch.rand(400, 16), torch.rand(16, 16)
+weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+for rows in [*range(1, 400), 1, 399]:
+    if rows == 399: print("LAST", flush=True)
+    torch.ops.mkldnn._linear_pointwise(x[:rows], weight, None, "none", [], "")
+"""
+
+
+@pytest.mark.skipif(not has_onednn("float32"), reason="this torch has no oneDNN")
+def test_code_compiled_for_shapes_is_bounded() -> None:
+    """Of 399 shapes the first is compiled again, the last is not."""
+    environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_SHAPES],
+        env=environment | {"ONEDNN_VERBOSE": "profile_create"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = done.stdout.split("LAST")[-2:]
+    first_again = before.strip().splitlines()[-1]
+    assert "mb1ic" in first_again
+    assert "cache_miss" in first_again
+    assert "mb399ic" in after
+    assert "cache_hit" in after
