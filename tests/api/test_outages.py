@@ -127,7 +127,7 @@ def test_work_under_way_outlives_an_outage(served: tuple[str, Away]) -> None:
         while not http.get("/v1/contexts/long").is_success:
             time.sleep(0.01)
         with away():
-            creating.join(2)
+            creating.join(1)
             assert answer == [], "nothing is answered that is not stored"
         creating.join(120)
         assert answer[0].status_code == 201, answer[0].text
