@@ -56,22 +56,8 @@ def assemble(
     """Nothing runs yet. `on_fatal`: told, in any thread, when the engine is beyond repair. Raises ConfigError."""
     registry = Registry(replicas[0])
     _say_what_runs(replicas)
-    limits, wanted, device = settings.limits, settings.contexts, registry.default.spec.device
-    engine = Engine(
-        [{served.id: served.model for served in replica} for replica in replicas],
-        EngineOptions(
-            batch_tokens=settings.engine.batch_tokens_on(device),
-            queue_tokens=limits.queue_tokens,
-            cache_bytes=wanted.cache_bytes,
-            workers=settings.engine.workers_on(device),
-            interactive_texts=settings.engine.interactive_texts,
-            queue_seconds=limits.queue_seconds,
-            stuck_seconds=settings.engine.stuck_seconds,
-            ride=device != "cpu",
-        ),
-        exact=lambda model_id: _in_float32(settings, registry, model_id),
-        on_fatal=on_fatal,
-    )
+    limits, wanted = settings.limits, settings.contexts
+    engine = engine_of(settings, replicas, on_fatal)
     store, threads, builder = SqlContextStore(database), database.threads, ContextBuilder(engine)
     contexts = Contexts(
         builder,
@@ -102,6 +88,29 @@ def assemble(
         max_line_bytes=limits.max_line_bytes,
     )
     return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, threads, runner))
+
+
+def engine_of(
+    settings: Settings, replicas: list[list[ServedModel]], on_fatal: Callable[[Exception], None] = lambda _: None
+) -> Engine:
+    """The engine over these devices, not started. `on_fatal`: see assemble."""
+    registry, limits = Registry(replicas[0]), settings.limits
+    device = registry.default.spec.device
+    return Engine(
+        [{served.id: served.model for served in replica} for replica in replicas],
+        EngineOptions(
+            batch_tokens=settings.engine.batch_tokens_on(device),
+            queue_tokens=limits.queue_tokens,
+            cache_bytes=settings.contexts.cache_bytes,
+            workers=settings.engine.workers_on(device),
+            interactive_texts=settings.engine.interactive_texts,
+            queue_seconds=limits.queue_seconds,
+            stuck_seconds=settings.engine.stuck_seconds,
+            ride=device != "cpu",
+        ),
+        exact=lambda model_id: _in_float32(settings, registry, model_id),
+        on_fatal=on_fatal,
+    )
 
 
 def _say_what_runs(replicas: list[list[ServedModel]]) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from starlette.datastructures import State
 
-from app.assembly import Parts, assemble, load_replicas
+from app.assembly import Parts, assemble, engine_of, load_replicas
 from app.domain import DEFAULT_CONTEXT, Stage
 from app.engine.workers import Problem
 from app.errors import NotReady, ServiceError, ShuttingDown, StartupError, StoreError, UnknownContextNamed
@@ -112,9 +112,11 @@ class Server:
         return self._phase in (Phase.LEAVING, Phase.STOPPING, Phase.FAILED)
 
     @property
-    def is_loading(self) -> bool:
-        """Whether a thread is left that nothing can stop: a download, or weights being read."""
-        return self._loading is not None and self._loading.is_alive()
+    def is_hanging(self) -> bool:
+        """Whether a thread is left that nothing can stop: a download, weights being read, a forward that never
+        returns."""
+        loading = self._loading is not None and self._loading.is_alive()
+        return loading or (self._parts is not None and self._parts.engine.is_running)
 
     def check_admitted(self) -> None:
         """Raises NotReady, ShuttingDown where requests cannot be taken."""
@@ -156,11 +158,8 @@ class Server:
         self._database = await self._loaded(lambda: Database(settings.database_url))
         replicas = await self._loaded(lambda: load_replicas(settings))
         parts = self._parts = assemble(settings, self._database, replicas, self.fail)
-        parts.engine.start()
-        references = References(settings.references_dir)
         self._reason = "The models are being checked."
-        for served in parts.registry.models:
-            await asyncio.to_thread(check, parts.engine, served, references)
+        await asyncio.to_thread(self._check, parts, replicas)
         state.registry, state.contexts, state.catalog = parts.registry, parts.contexts, parts.catalog
         state.service, state.batches = parts.service, parts.batches
         self._reason = "The default contexts are being made."
@@ -171,6 +170,21 @@ class Server:
                 log.warning("%s has no default context: it is served without its first stage", served.id)
         await self._probe(parts)  # warm-up
         parts.runner.start()
+
+    def _check(self, parts: Parts, replicas: list[list[ServedModel]]) -> None:
+        """Every model on every device, and starts the engine. Raises SelfCheckError."""
+        references = References(self.settings.references_dir)
+        for replica in replicas if len(replicas) > 1 else []:  # of several, any may take what is asked below
+            engine = engine_of(self.settings, [replica])
+            engine.start()
+            try:
+                for served in replica:
+                    check(engine, served, references)
+            finally:
+                engine.stop(LAST_BATCH_SECONDS)
+        parts.engine.start()
+        for served in parts.registry.models:
+            check(parts.engine, served, references)
 
     async def _loaded(self, load: Callable[[], T]) -> T:
         """In a thread of its own. Unlike the pool's, which are waited for, it does not keep the process from ending

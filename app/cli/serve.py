@@ -77,7 +77,7 @@ def run(settings: Settings) -> None:
     server.run(listen(settings.server.host, settings.server.port))
     if failures:
         raise failures[0]
-    if lifecycle.is_loading:  # the interpreter would wait for that thread, or fall over it
+    if lifecycle.is_hanging:  # the interpreter would wait for that thread, or fall over it
         logging.shutdown()
         os._exit(0)
 

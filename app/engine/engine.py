@@ -141,6 +141,11 @@ class Engine:
         self._crew.join(timeout)
         self.fail_waiting(ShuttingDown("The server is shutting down. Send the request again."))
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker's thread is left: behind `stop`, in a forward that does not return."""
+        return self._crew.is_running
+
     def next_batch(self, worker: Worker) -> list[Job]:
         """For a worker: waits for a batch; empty when stopping and nothing is left."""
         with self._changed:

@@ -136,6 +136,11 @@ class Crew:
                 worker.thread.join(max(0.0, deadline - time.monotonic()))
         self._ended.set()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a thread of theirs is left."""
+        return any(worker.thread is not None and worker.thread.is_alive() for worker in self.workers)
+
     def _start(self, worker: Worker) -> None:
         worker.stuck = False
         worker.thread = threading.Thread(target=self._run, args=(worker,), name=f"device-{worker.number}", daemon=True)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout, Segment
@@ -168,6 +167,8 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int |
 
     Fewer queries than keys are the last rows of their sequences, which is how the kernel lines them up.
     """
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - takes a second, which a CPU need not wait
+
     bounds = layout.bounds if len(q) == len(k) else layout.wanted_bounds
     longest = layout.longest  # an upper bound is enough for the queries
     sides = (-1, -1) if window is None else (window, window)

@@ -12,6 +12,9 @@ import numpy.typing as npt
 import openai
 import pytest
 
+from app import assembly
+from app.errors import SelfCheckError
+from app.models.loading import LoadedModel, LoadOptions, load_model
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, BUILTIN, COOKING
 from tests.live import V1, live_server
@@ -246,3 +249,18 @@ def test_several_devices_answer_as_one(tmp_path: Path) -> None:
         with live_server(tmp_path / str(i), engine={"devices": devices, "workers": 1}) as url:
             answers.append(vectors(httpx.post(f"{url}/v1/embeddings", json={"model": V1, "input": texts})))
     assert_same(answers[1], answers[0])
+
+
+def test_one_wrong_device_of_several_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[LoadedModel] = []
+
+    def load(name: str, options: LoadOptions) -> LoadedModel:
+        loads.append(load_model(name, options))
+        if len(loads) == 3:
+            loads[2].model._weights.second_stage_model.output_projection[0].bias += 1.0  # type: ignore[attr-defined]
+        return loads[-1]
+
+    monkeypatch.setattr(assembly, "load_model", load)
+    with pytest.raises(SelfCheckError), live_server(tmp_path, engine={"devices": ("cpu",) * 3, "workers": 3}):
+        pass
+    assert len(loads) == 3

@@ -198,7 +198,10 @@ def test_stop_fails_what_it_cannot_wait_for() -> None:
     engine.stop(0.01)
     with pytest.raises(ShuttingDown):
         waiting.result(0)
+    assert engine.is_running, "the process must not wait for it"
     gate.open.set()
+    engine.stop(10)
+    assert not engine.is_running
 
 
 def test_contexts_are_loaded_once_while_they_fit(engine: Engine, model: StubModel) -> None:

@@ -29,7 +29,7 @@ from tests.load.traffic import ROWS, SETTLE, Answer, ask, ask_patiently, going_o
 SETTINGS = NO_CACHE
 LEAVER_TEXTS, NEIGHBOUR_TEXTS = (1, 24), (4, 24)
 NEIGHBOURS = 2
-MOMENT, PATIENCE, CLOSING = 0.05, 30.0, 10.0
+MOMENT, PATIENCE, CLOSING = 0.05, 180.0, 10.0
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: on, for no time: closing sends a reset."""
 SMALL_BUFFER = 4096

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS
-from app.models import attention
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
 from app.models.tuning import agrees, fastest
@@ -42,7 +42,7 @@ def documented(
 
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_it_gives_what_plain_attention_gives(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", documented)
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
     texts = random_texts(family, [9, 120, 9, 23, 300])
     vectors = []
     for kernels in (Kernels(), PACKED):
@@ -58,7 +58,7 @@ def test_it_gives_what_plain_attention_gives(family: Family, monkeypatch: pytest
 def test_a_right_kernel_agrees_and_a_wrong_one_does_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", documented)
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
     assert agrees(PACKED, CPU)
 
     def lined_up_at_the_front(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -66,7 +66,7 @@ def test_a_right_kernel_agrees_and_a_wrong_one_does_not(
             options["window_size"] = (64, 0)
         return documented(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", lined_up_at_the_front)
+    monkeypatch.setattr(varlen, "varlen_attn", lined_up_at_the_front)
     assert not agrees(PACKED, CPU)
     assert "not right" in caplog.text
 
