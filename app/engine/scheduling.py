@@ -71,8 +71,8 @@ class LaneQueue:
         if submission.group not in self._groups:
             self._groups[submission.group] = GroupQueue(self._arrivals)
         self._groups[submission.group].add(submission.client, jobs)
-        for job in jobs:
-            self._count(job, 1)
+        self._unbegun[id(submission)] = submission
+        self._count(submission, len(jobs), sum(job.cost for job in jobs))
 
     def next_batch(self, budget: int) -> list[Job]:
         """A batch of the group whose turn it is; empty when nothing waits."""
@@ -97,9 +97,8 @@ class LaneQueue:
     def forget(self, submission: Submission) -> None:
         """Its jobs that wait are dead from now on."""
         submission.dropped = True
-        gone, self.jobs = submission.waiting_jobs, self.jobs - submission.waiting_jobs
-        self._weigh(submission.client, -submission.waiting_tokens)
-        submission.waiting_jobs = submission.waiting_tokens = 0
+        gone = submission.waiting_jobs
+        self._count(submission, -gone, -submission.waiting_tokens)
         self._unbegun.pop(id(submission), None)
         group = self._groups.get(submission.group)
         if group is not None:
@@ -109,8 +108,7 @@ class LaneQueue:
     def drain(self) -> list[Job]:
         jobs = [job for group in self._groups.values() for job in group.drain()]
         self._groups.clear()
-        for job in jobs:
-            self._count(job, -1)
+        self._took(jobs)
         return jobs
 
     def _taken(self, group: Group, budget: int, choose: Choose) -> list[Job]:
@@ -120,8 +118,7 @@ class LaneQueue:
         picked = queue.pick(budget)
         chosen = choose([entry[2] for entry, _, _ in picked]) if picked else []
         queue.settle(picked, {id(job) for job in chosen})
-        for job in chosen:
-            self._count(job, -1)
+        self._took(chosen)
         self._tidy(group)
         return chosen
 
@@ -129,22 +126,19 @@ class LaneQueue:
         if not self._groups[group]:
             del self._groups[group]
 
-    def _count(self, job: Job, sign: int) -> None:
-        submission = job.submission
-        self.jobs += sign
-        self._weigh(submission.client, sign * job.cost)
-        submission.waiting_jobs += sign
-        submission.waiting_tokens += sign * job.cost
-        if sign > 0:
-            self._unbegun[id(submission)] = submission
-        else:
-            self._unbegun.pop(id(submission), None)
+    def _took(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._unbegun.pop(id(job.submission), None)
+            self._count(job.submission, -1, -job.cost)
 
-    def _weigh(self, client: str, tokens: int) -> None:
+    def _count(self, submission: Submission, jobs: int, tokens: int) -> None:
+        self.jobs += jobs
         self.tokens += tokens
-        self._clients[client] += tokens
-        if self._clients[client] == 0:
-            del self._clients[client]
+        submission.waiting_jobs += jobs
+        submission.waiting_tokens += tokens
+        self._clients[submission.client] += tokens
+        if self._clients[submission.client] == 0:
+            del self._clients[submission.client]
 
 
 class WaitingJobs:
