@@ -59,17 +59,17 @@ class Admission:
             )
         held, room = self._room(lane)
         over = held + cost - room if held else 0
-        turn = self._seconds_until(lane, caller.client, costs[0], now) if self._measured else 0.0
+        queue = self._waiting.lanes[lane]
+        others_go_on = queue.ahead_if_others_go_on(caller.client)
+        turn = self._until_run(lane, max(queue.ahead(caller.client, costs[0]), others_go_on), now)
         late = turn - self._queue_seconds
         if over > 0 or late > 0:
             raise QueueFull(
                 "The server is busy: its queue is full. Please try again after the time in Retry-After.",
                 retry_after=max(over / self.drain_rate, late),
             )
-        if not self._measured or caller.deadline is None or lane is Lane.BACKGROUND:
-            return
-        ready = self._seconds_until(lane, caller.client, cost, now) + cost / self.drain_rate
-        if now + ready / HOPELESS > caller.deadline:
+        ready = self._until_run(lane, queue.ahead(caller.client, cost) + cost, now)
+        if caller.deadline is not None and now + ready / HOPELESS > caller.deadline:
             raise DeadlineExceeded(
                 f"The server is busy: this request would be ready in about {ready:.1f} s, which is beyond its time "
                 f"(x-timeout-ms, or the server's default). Please try again later, or allow more time.",
@@ -83,13 +83,12 @@ class Admission:
         awaited = self._waiting.tokens(Lane.INTERACTIVE, Lane.BULK) + self.running_tokens
         return awaited, self._queue_tokens * (BULK_SHARE if lane is Lane.BULK else 1.0)
 
-    def _seconds_until(self, lane: Lane, client: str, cost: int, now: float) -> float:
-        """Until what runs before the last of `cost` tokens of a client has run. The background waits however long it
-        takes; what comes later to a faster lane is not known."""
-        if lane is Lane.BACKGROUND:
+    def _until_run(self, lane: Lane, tokens: int, now: float) -> float:
+        """Until so many tokens of a lane have run, behind what runs now. What comes later to a faster lane is not
+        known, the background waits however long it takes, and of what was never measured nothing is said."""
+        if lane is Lane.BACKGROUND or not self._measured:
             return 0.0
-        queue = self._waiting.lanes[lane]
-        before = self.running_tokens + max(queue.ahead(client, cost), queue.ahead_if_others_go_on(client))
+        tokens += self.running_tokens
         if lane is Lane.INTERACTIVE:
-            return before / (self._waiting.interactive_share(now) * self.drain_rate)
-        return (before + self._waiting.tokens(Lane.INTERACTIVE)) / self.drain_rate
+            return tokens / (self._waiting.interactive_share(now) * self.drain_rate)
+        return (tokens + self._waiting.tokens(Lane.INTERACTIVE)) / self.drain_rate
