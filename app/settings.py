@@ -1,11 +1,12 @@
 """All settings, in one frozen tree, with their defaults. `settings_sources.py` fills it."""
 
 import ipaddress
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from app.machine import cores
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -190,11 +191,6 @@ class Settings(_Group):
                 "limits.max_body_bytes and limits.max_line_bytes"
             )
         return self
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_loopback(host: str) -> bool:

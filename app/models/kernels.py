@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# oneDNN keeps compiled code for every shape it has met, about 1 MB each, and every length of a text has its own shapes.
-# This is read when it is first used. With a quarter of its own default the process stops growing early; to compile a
-# shape again takes less than 1 ms.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+from app.machine import cores
+
+# oneDNN keeps what it compiled for the shapes it met, and every length of a text has its own. Small as that is, it lies
+# between the large blocks of the forwards and breaks up the heap, which grew by megabytes a minute under mixed lengths.
+# With room for the shapes that are in use, not for 1024, it stays as it is; compiling one takes less than 1 ms. This is
+# read at oneDNN's first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(16 * cores()))
 
 Precision = Literal["float32", "bfloat16", "int8"]
 LinearKernel = Literal["torch", "onednn"]
