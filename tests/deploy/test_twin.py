@@ -16,6 +16,6 @@ def test_a_fleet_loses_nothing(postgres: str, tmp_path: Path) -> None:
     assert twin.load.failures == []
     assert len(twin.load.answers) == twin.load.sent
     assert len(shares) == 3
-    assert min(shares.values()) > sum(shares.values()) / 6
+    assert min(shares.values()) > sum(shares.values()) / 12, "the least busy is asked first, so a slow one gets less"
     assert len(logs) > 1000
     assert [secret for secret in (KEY, PASSWORD, *TEXTS) if secret in logs] == []

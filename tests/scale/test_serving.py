@@ -26,7 +26,10 @@ from tests.postgres import new_database
 FILE = Path(__file__).parents[2] / "config" / "ray-serve.yaml"
 WAIT_SECONDS = 120
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),  # Ray's own
+]
 
 
 class Replicas:
