@@ -80,8 +80,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._begun = True
         self._unset_keepalive_if_required()
-        if self._timer is None:  # on a new connection it is running
-            self._wait(self.limits.header_seconds, self._head_is_late)
+        self._wait(self.limits.header_seconds, self._head_is_late)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:

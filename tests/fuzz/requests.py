@@ -169,8 +169,9 @@ def _header_value(text: str) -> bytes:
 HEADERS = [
     b"X-Context", b"X-Input-Type", b"X-Expect-Fingerprint", b"X-Request-Id", b"X-Forwarded-For", b"X-Forwarded-Proto",
     b"Authorization", b"Accept", b"Cookie", b"Content-Encoding", b"Expect", b"Origin", b"Range",
+    b"X-Timeout-Ms",
 ]  # fmt: skip
-HEADER_VALUES = ["fuzz", "query", "100-continue", "gzip", "Bearer x", "application/x-npy", "*/*"]
+HEADER_VALUES = ["fuzz", "query", "1", "60000", "100-continue", "gzip", "Bearer x", "application/x-npy", "*/*"]
 header_values = (st.sampled_from(HEADER_VALUES) | texts).map(_header_value)
 headers = st.dictionaries(st.sampled_from(HEADERS), header_values, max_size=2)
 
