@@ -174,7 +174,12 @@ class Server:
     def _check(self, parts: Parts, replicas: list[list[ServedModel]]) -> None:
         """Every model on every device, and starts the engine. Raises SelfCheckError."""
         references = References(self.settings.references_dir)
-        for replica in replicas if len(replicas) > 1 else []:  # of several, any may take what is asked below
+        if len(replicas) == 1:
+            parts.engine.start()
+            for served in replicas[0]:
+                check(parts.engine, served, references)
+            return
+        for replica in replicas:  # each alone: in one engine any of them may take what is asked
             engine = engine_of(self.settings, [replica])
             engine.start()
             try:
@@ -183,8 +188,6 @@ class Server:
             finally:
                 engine.stop(LAST_BATCH_SECONDS)
         parts.engine.start()
-        for served in parts.registry.models:
-            check(parts.engine, served, references)
 
     async def _loaded(self, load: Callable[[], T]) -> T:
         """In a thread of its own. Unlike the pool's, which are waited for, it does not keep the process from ending

@@ -81,8 +81,8 @@ class GroupQueue:
     def __init__(self, arrivals: "count[int]") -> None:
         self._clients: dict[str, ClientQueue] = {}
         self._gone: dict[str, float] = {}
-        """Clients with nothing left, and what they have had: who sends one text at a time is to have no more of the
-        device than the others."""
+        """Clients with nothing left that are ahead of virtual time, and what they have had: who sends one text at a
+        time is to have no more of the device than the others."""
         self._virtual = 0.0
         self._arrivals = arrivals
 
@@ -138,6 +138,7 @@ class GroupQueue:
     def _tidy(self, client: str, queue: ClientQueue) -> None:
         if queue.jobs == 0 and self._clients.get(client) is queue:
             del self._clients[client]
-            self._gone[client] = queue.served
+            if queue.served > self._virtual:
+                self._gone[client] = queue.served
             if len(self._gone) > 2 * len(self._clients) + SLACK:
                 self._gone = {name: served for name, served in self._gone.items() if served > self._virtual}

@@ -13,6 +13,7 @@ import torch
 from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS, FloatArray
 from app.goldens import Goldens
+from app.machine import cores
 from app.models.contextual import ContextualModel, Semantics
 from app.models.kernels import AttentionKernel, Kernels, Precision, has_onednn
 from app.models.loading import LoadOptions
@@ -133,21 +134,23 @@ def test_the_tuner_picks_something_that_is_there() -> None:
 
 
 OTHER_SHAPES = """
-import app.models.kernels, torch
-x, weight = torch.rand(400, 16), torch.rand(16, 16)
+import app.models.kernels, sys, torch
+shapes = int(sys.argv[1])
+x, weight = torch.rand(shapes, 16), torch.rand(16, 16)
 weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-for rows in [*range(1, 400), 1, 399]:
-    if rows == 399: print("LAST", flush=True)
+for rows in [*range(1, shapes + 1), 1, shapes]:
+    if rows == shapes: print("LAST", flush=True)
     torch.ops.mkldnn._linear_pointwise(x[:rows], weight, None, "none", [], "")
 """
 
 
 @pytest.mark.skipif(not has_onednn("float32"), reason="this torch has no oneDNN")
 def test_code_compiled_for_shapes_is_bounded() -> None:
-    """Of 399 shapes the first is compiled again, the last is not."""
+    """Of more shapes than are kept the first is compiled again, the last is not."""
+    shapes = 16 * cores() + 8
     environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_SHAPES],
+        [sys.executable, "-c", OTHER_SHAPES, str(shapes)],
         env=environment | {"ONEDNN_VERBOSE": "profile_create"},
         capture_output=True,
         text=True,
@@ -157,5 +160,5 @@ def test_code_compiled_for_shapes_is_bounded() -> None:
     first_again = before.strip().splitlines()[-1]
     assert "mb1ic" in first_again
     assert "cache_miss" in first_again
-    assert "mb399ic" in after
+    assert f"mb{shapes}ic" in after
     assert "cache_hit" in after
