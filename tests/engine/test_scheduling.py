@@ -1,6 +1,7 @@
 """Which jobs run next: as tables and as laws."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -219,16 +220,24 @@ def test_a_lane_that_waits_for_too_long_has_every_other_batch() -> None:
     ]  # late until the last has had its turn
 
 
-def test_who_sends_one_text_at_a_time_has_no_more_than_its_share() -> None:
+@pytest.mark.parametrize("length", [5, 50])
+@pytest.mark.parametrize(("backlogs", "one_at_a_time"), [(1, 2), (9, 1), (2, 8)])
+def test_who_sends_one_text_at_a_time_has_no_more_than_its_share(
+    backlogs: int, one_at_a_time: int, length: int
+) -> None:
+    """In tokens, however long its texts are."""
     queue = WaitingJobs()
-    queue.add(jobs(Q, *[5] * 100, client="many"))
-    run: list[Job] = []
-    for _ in range(60):
-        for client in ("b", "c"):
-            if not any(job.submission.client == client for job in queued(queue)):
-                queue.add(jobs(Q, 5, client=client))
-        run += queue.next_batch(1, NOW)
-    assert abs(sum(job.submission.client == "many" for job in run) - 20) <= 1
+    for i in range(backlogs):
+        queue.add(jobs(Q, *[5] * 1000, client=f"many {i}"))
+    had: Counter[str] = Counter()
+    while had.total() < 5000:
+        for i in range(one_at_a_time):
+            if not any(job.submission.client == f"one {i}" for job in queued(queue)):
+                queue.add(jobs(Q, length, client=f"one {i}"))
+        (job,) = queue.next_batch(1, NOW)
+        had[job.submission.client] += job.cost
+    assert len(had) == backlogs + one_at_a_time
+    assert max(had.values()) - min(had.values()) <= 2 * length
 
 
 def test_ever_new_clients_do_not_keep_the_others_waiting() -> None:
