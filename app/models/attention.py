@@ -15,6 +15,7 @@ from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout, Segment
 
 TILE = 176  # queries a time in a sliding window: with 64 keys on either side, a score block stays in the cache
+UNSEEN = -1e30  # no weight beside any score there is; finite, as a row of filler may see nothing else
 BLOCK = 1_600_000  # scores computed at once; larger blocks leave the cache between the two products
 
 
@@ -115,15 +116,15 @@ class Attention(nn.Module):
         q, k, v = (part.view(segment.count, -1, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))  # (B, H, S, d)
         before, length = k.shape[2] - q.shape[2], k.shape[2]
         if self.window is None or length <= self.window + 1:
-            return attend(self.kernels, q, k, v, None)
+            return attend(self.kernels, q, k, v, None, filler=segment.filler)
         tiles = []
         for start in range(before, length, TILE):
             stop = min(start + TILE, length)
             low, high = max(0, start - self.window), min(length, stop + self.window)
             bias = band(start - low, stop - start, high - low, self.window, (q.dtype, q.device))
-            seen = slice(low, high)
+            seen, filler = slice(low, high), max(0, high - length + segment.filler)
             tile = q[:, :, start - before : stop - before]
-            tiles.append(attend(self.kernels, tile, k[:, :, seen], v[:, :, seen], bias))
+            tiles.append(attend(self.kernels, tile, k[:, :, seen], v[:, :, seen], bias, filler=filler))
         return torch.cat(tiles, dim=1)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
@@ -144,9 +145,21 @@ def band(before: int, queries: int, keys: int, window: int, like: tuple[torch.dt
     return torch.where(distance <= window, 0.0, -torch.inf).to(dtype=like[0], device=like[1])
 
 
-def attend(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T + bias) v. q (B, H, S', d), k and v (B, H, S, d), bias (S', S). Returns (B, S', H, d)."""
+@lru_cache(maxsize=256)
+def unseen(keys: int, filler: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
+    """(1, keys): 0, and UNSEEN for the last `filler`."""
+    bias = torch.zeros(1, keys)
+    bias[:, keys - filler :] = UNSEEN
+    return bias.to(dtype=like[0], device=like[1])
+
+
+def attend(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, filler: int = 0) -> Tensor:
+    """softmax(q k^T + bias) v, the last `filler` keys left out. q (B, H, S', d), k and v (B, H, S, d), bias (S', S).
+    Returns (B, S', H, d)."""
     if kernels.attention == "sdpa":
+        if filler:
+            hidden = unseen(k.shape[2], filler, (q.dtype, q.device))
+            bias = hidden if bias is None else bias + hidden
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
     product = _linear if kernels.attention == "linear" else _bmm
@@ -157,6 +170,8 @@ def attend(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
             scores = product(q[text, some], k[text, some])
             if bias is not None:
                 scores += bias
+            if filler:
+                scores[..., -filler:] = UNSEEN
             torch.softmax(scores, dim=-1, out=scores)
             out[text, :, some] = product(scores, v[text, some].transpose(1, 2)).transpose(0, 1)
     return out

@@ -4,7 +4,7 @@ Source: jxmorris12/cde, cde/model.py; the Hub's own model.py for the `hub` seman
 checkpoint's. Dataset embeddings are the raw output of the first stage, never normalised.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
 from app.models.attention import Entered
 from app.models.base import DeviceContext, InvalidContext
 from app.models.kernels import Kernels
-from app.models.layout import Layout, packed
+from app.models.layout import Layout, fill, packed
 from app.models.transformer import Transformer, interleaved
 
 MAX_ROWS = {"cpu": 1100, "cuda": 16_384}
@@ -142,25 +142,34 @@ class ContextualModel:
         stage = self._weights.first_stage_model
         backbone: Transformer = stage.embedder  # type: ignore[assignment]
         out = torch.empty(len(documents), self.spec.hidden_size, device=self._device)
-        for chunk in packed([len(d.input_ids) for d in documents], 0, self._max_rows):
+        for chunk in self._chunks(documents, 0):
             some = [documents[i] for i in chunk]
-            layout = Layout.of([len(d.input_ids) for d in some], self._device)
-            entered = backbone.enter(backbone.token_rows(self._input_ids(some)), layout)
+            layout = self._layout(some, 0)
+            entered = backbone.enter(backbone.token_rows(self._input_ids(some, layout)), layout)
             hidden = backbone(entered, layout)
-            out[chunk] = stage.mlp(self._means(hidden, some, [0] * len(some)))
+            out[chunk] = stage.mlp(self._means(hidden, layout, [0] * len(some)))
         return out
 
     def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
         prefix = self.spec.corpus_size + len(self._soft_prompt)
         out = torch.empty(len(texts), self.spec.hidden_size, device=self._device)
-        for chunk in packed([len(t.input_ids) for t in texts], prefix, self._max_rows):
+        for chunk in self._chunks(texts, prefix):
             some = [texts[i] for i in chunk]
-            layout = Layout.of([len(t.input_ids) for t in some], self._device, prefix)
+            layout = self._layout(some, prefix)
             hidden = self._hidden([contexts[i] for i in chunk], some, layout)
-            pooled = self._means(hidden, some, [self._instruction_end(t.input_ids) for t in some])
+            pooled = self._means(hidden, layout, [self._instruction_end(t.input_ids) for t in some])
             projected = self._weights.second_stage_model.output_projection(pooled)
             out[chunk] = projected + pooled if self._semantics.output_residual else projected
         return out
+
+    def _chunks(self, texts: Sequence[TokenizedText], prefix: int) -> Iterator[list[int]]:
+        """Which texts make a forward."""
+        lengths = [prefix + len(text.input_ids) for text in texts]
+        return packed([n + fill(n, self.kernels.row_multiple) for n in lengths], self._max_rows)
+
+    def _layout(self, texts: Sequence[TokenizedText], prefix: int) -> Layout:
+        lengths = [len(text.input_ids) for text in texts]
+        return Layout.of(lengths, self._device, prefix, self.kernels.row_multiple)
 
     @property
     def _rotary_start(self) -> int:
@@ -172,22 +181,23 @@ class ContextualModel:
             return rows
         return rows + self._backbone.token_type
 
-    def _input_ids(self, texts: Sequence[TokenizedText]) -> Tensor:
-        """(T,), one text behind the other."""
-        ids = torch.tensor([i for text in texts for i in text.input_ids])
+    def _input_ids(self, texts: Sequence[TokenizedText], layout: Layout) -> Tensor:
+        """(T',) of the wanted rows, one text behind the other."""
+        ids = torch.zeros(layout.wanted, dtype=torch.int64)
+        for text, (start, stop) in zip(texts, layout.texts, strict=True):
+            ids[start:stop] = torch.tensor(text.input_ids)
         if self._device.type == "cuda":  # the copy runs beside what the device still computes
             return ids.pin_memory().to(self._device, non_blocking=True)
         return ids.to(self._device)
 
     def _hidden(self, contexts: Sequence[DeviceContext], texts: Sequence[TokenizedText], layout: Layout) -> Tensor:
         """Last hidden states of the texts' rows, each text's behind its context's."""
-        rows = self._typed(self._backbone.text_rows(self._input_ids(texts)))
+        rows = self._typed(self._backbone.text_rows(self._input_ids(texts, layout)))
         if self._frozen:
             return self._backbone.behind(rows, layout, contexts, self._rotary_start)
         entered = self._backbone.enter(rows, layout.of_wanted(), self._rotary_start)._asdict()
-        lengths = [len(text.input_ids) for text in texts]
         whole = {
-            name: interleaved([context[name] for context in contexts], torch.split(tensor, lengths))
+            name: interleaved([context[name] for context in contexts], torch.split(tensor, layout.wanted_lengths))
             for name, tensor in entered.items()
         }
         return self._backbone(Entered(**whole), layout, self._rotary_start)
@@ -199,14 +209,11 @@ class ContextualModel:
             return 0
         return input_ids.index(self._instruction_end_id, 1) + 1
 
-    def _means(self, hidden: Tensor, texts: Sequence[TokenizedText], skipped: Sequence[int]) -> Tensor:
-        """Mean of each text's rows of hidden (T, D), less the first `skipped`: (B, D) float32; of none: zero."""
-        weights = torch.zeros(len(texts), len(hidden))
-        start = 0
-        for i, (text, skip) in enumerate(zip(texts, skipped, strict=True)):
-            stop = start + len(text.input_ids)
+    def _means(self, hidden: Tensor, layout: Layout, skipped: Sequence[int]) -> Tensor:
+        """Mean of each text's rows of hidden (T', D), less the first `skipped`: (B, D) float32; of none: zero."""
+        weights = torch.zeros(len(skipped), len(hidden))
+        for i, (skip, (start, stop)) in enumerate(zip(skipped, layout.texts, strict=True)):
             weights[i, start + skip : stop] = 1.0 / max(1, stop - start - skip)
-            start = stop
         return weights.to(self._device) @ hidden
 
 

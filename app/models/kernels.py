@@ -7,7 +7,6 @@ or a sum in the same pass; `onednn::qlinear_pointwise` does so in int8. torch.co
 T rows, K inputs, N outputs of a layer.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,14 +14,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from app.machine import cores
-
-# oneDNN keeps what it compiled for the shapes it met, and every length of a text has its own. Small as that is, it lies
-# between the large blocks of the forwards and breaks up the heap, which grew by megabytes a minute under mixed lengths.
-# With room for the shapes that are in use, not for 1024, it stays as it is; compiling one takes less than 1 ms. This is
-# read at oneDNN's first use.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(16 * cores()))
 
 Precision = Literal["float32", "bfloat16", "int8"]
 LinearKernel = Literal["torch", "onednn"]
@@ -43,6 +34,13 @@ class Kernels:
     compute: torch.dtype = torch.float32
     """What matrix products take. A bfloat16 model computes in float32 on a CPU without bfloat16 instructions: the
     rounded weights stay, and so do its vectors, to within the rounding that is left out."""
+    row_multiple: int = 1
+    """Each sequence is filled up to a multiple of so many rows. oneDNN compiles a kernel for every shape it meets: of
+    few shapes all stay compiled, of every length there is they take tens of milliseconds a forward, and a gigabyte."""
+
+    def __post_init__(self) -> None:
+        if self.attention == "varlen" and self.row_multiple > 1:
+            raise ValueError("attention over packed rows takes no filler")
 
 
 def has_onednn(precision: Precision) -> bool:

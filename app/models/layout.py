@@ -14,13 +14,22 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Segment:
     """`count` sequences of equal `length` from row `start` on. Of each, the last `wanted` rows are wanted; these are
-    rows `wanted_start` and on of what the last layer computes."""
+    rows `wanted_start` and on of what the last layer computes. The last `filler` of them are computed like the
+    others, and nothing sees them."""
 
     start: int
     count: int
     length: int
     wanted: int
     wanted_start: int
+    filler: int = 0
+
+    @property
+    def texts(self) -> Iterator[tuple[int, int]]:
+        """Where each sequence's wanted rows begin among all wanted ones, and end but for the filler."""
+        for i in range(self.count):
+            start = self.wanted_start + i * self.wanted
+            yield start, start + self.wanted - self.filler
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +47,39 @@ class Layout:
     wanted_bounds: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, prefix: int = 0) -> "Layout":
-        """Sequences of `prefix` rows nobody asks for, and `lengths[i]` wanted ones behind them."""
+    def of(cls, lengths: Sequence[int], device: torch.device, prefix: int = 0, multiple: int = 1) -> "Layout":
+        """Sequences of `prefix` rows nobody asks for, and `lengths[i]` wanted ones behind them, each filled up to a
+        `multiple` of rows."""
         segments: list[Segment] = []
         start = wanted_start = 0
         for own, equal in groupby(lengths):
-            segment = Segment(start, len(list(equal)), prefix + own, own, wanted_start)
+            filler = fill(prefix + own, multiple)
+            length, wanted = prefix + own + filler, own + filler
+            segment = Segment(start, len(list(equal)), length, wanted, wanted_start, filler)
             segments.append(segment)
-            start += segment.count * segment.length
-            wanted_start += segment.count * own
+            start += segment.count * length
+            wanted_start += segment.count * wanted
         positions = torch.cat([torch.arange(s.length).repeat(s.count) for s in segments])
-        wanted = (positions >= prefix).nonzero().flatten().to(device) if prefix else None
+        asked = (positions >= prefix).nonzero().flatten().to(device) if prefix else None
         longest = max(segment.length for segment in segments)
-        bounds = _bounds([prefix + own for own in lengths], device)
-        return cls(tuple(segments), positions.to(device), wanted, longest, bounds, _bounds(lengths, device))
+        bounds = _bounds([s.length for s in segments for _ in range(s.count)], device)
+        asked_bounds = _bounds([s.wanted for s in segments for _ in range(s.count)], device)
+        return cls(tuple(segments), positions.to(device), asked, longest, bounds, asked_bounds)
+
+    @property
+    def texts(self) -> Iterator[tuple[int, int]]:
+        """Where each sequence's wanted rows begin among all wanted ones, and end but for the filler."""
+        return (text for segment in self.segments for text in segment.texts)
+
+    @property
+    def wanted_lengths(self) -> list[int]:
+        """Of each sequence, filler and all."""
+        return [segment.wanted for segment in self.segments for _ in range(segment.count)]
+
+    @property
+    def wanted(self) -> int:
+        """Rows, T'."""
+        return sum(self.wanted_lengths)
 
     def of_wanted(self) -> "Layout":
         """Positions of the wanted rows alone, for what looks at rows one by one."""
@@ -59,19 +87,24 @@ class Layout:
         return Layout((), positions, None, self.longest, self.wanted_bounds, self.wanted_bounds)
 
 
+def fill(length: int, multiple: int) -> int:
+    """How many rows it lacks to be a multiple."""
+    return -length % multiple
+
+
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
-def packed(lengths: Sequence[int], prefix: int, max_rows: int) -> Iterator[list[int]]:
+def packed(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
     """Indices of sequences for one forward each: similar lengths together, up to `max_rows` rows, or one sequence."""
     chunk: list[int] = []
     rows = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if chunk and rows + prefix + lengths[index] > max_rows:
+        if chunk and rows + lengths[index] > max_rows:
             yield chunk
             chunk, rows = [], 0
         chunk.append(index)
-        rows += prefix + lengths[index]
+        rows += lengths[index]
     if chunk:
         yield chunk

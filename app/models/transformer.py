@@ -104,7 +104,7 @@ class Transformer(nn.Module, ABC):
         `layout`: of contexts and texts; its wanted rows are `rows`, normed here as in `enter`.
         """
         own = layout.of_wanted()
-        lengths = [s.wanted for s in layout.segments for _ in range(s.count)]
+        lengths = layout.wanted_lengths
         x = self.input_norm(rows)
         for i, block in enumerate(self.blocks):
             turns = turns_of(own, *block.attn.rotary, rotary_start)

@@ -25,7 +25,7 @@ SETTINGS: Mapping[str, Any] = {
     "CONTEXTS__KEEP_DOCUMENTS": True,
 }
 KERNELS: Mapping[str, str] = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-"""torch keeps oneDNN's kernels for each of the last 1024 lengths it has seen, which is a gigabyte that is no leak."""
+"""What oneDNN compiles and keeps is no leak."""
 FAULTS = re.compile(r"^.*( ERROR |Traceback|Exception in ).*$", re.MULTILINE)
 
 

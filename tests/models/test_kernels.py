@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from dataclasses import replace
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import torch
 from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS, FloatArray
 from app.goldens import Goldens
-from app.machine import cores
 from app.models.contextual import ContextualModel, Semantics
 from app.models.kernels import AttentionKernel, Kernels, Precision, has_onednn
 from app.models.loading import LoadOptions
@@ -27,10 +27,11 @@ FLOATS = [Kernels(), Kernels(attention="bmm")]
 if has_onednn("float32"):
     FLOATS += [Kernels(linear="onednn", attention=attention) for attention in ("sdpa", "bmm", "linear")]
     FLOATS += [Kernels(attention="linear")]
+FLOATS += [replace(kernels, row_multiple=32) for kernels in FLOATS]
 LENGTHS = [9, 120, 9, 23]
 
 
-@pytest.mark.parametrize("kernels", FLOATS, ids=lambda k: f"{k.linear}-{k.attention}")
+@pytest.mark.parametrize("kernels", FLOATS, ids=lambda k: f"{k.linear}-{k.attention}-{k.row_multiple}")
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_goldens_on_every_kernel(name: str, kernels: Kernels) -> None:
     goldens = Goldens.read(GOLDENS / name)
@@ -86,7 +87,7 @@ def test_lower_precisions_stay_close(family: Family, precision: Precision, limit
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_products_in_bfloat16(family: Family, attention: AttentionKernel) -> None:
     """What CPUs with bfloat16 instructions choose; others compute the rounded weights in float32."""
-    kernels = Kernels("bfloat16", "onednn" if has_onednn("bfloat16") else "torch", attention, torch.bfloat16)
+    kernels = Kernels("bfloat16", "onednn" if has_onednn("bfloat16") else "torch", attention, torch.bfloat16, 32)
     options = LoadOptions(dtype="bfloat16", device="cpu", kernels=kernels)
     rounded = both_stages(load_checkpoint(random_weights(family), options))
     for a, b in zip(both_stages(model(family, "float32")), rounded, strict=True):
@@ -125,6 +126,26 @@ def test_threads_share_a_model(precision: Precision) -> None:
         assert_same(other, first)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "bmm"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_filler_is_not_seen(family: Family, frozen: bool, attention: AttentionKernel) -> None:
+    """Of any length: sequences that lack nothing, or one row, or all but one; windows and frozen contexts, too."""
+    texts = random_texts(family, [24, 24, 23, 25, 25, 8, 120, 300])
+    vectors = []
+    for multiple in (1, 32):
+        kernels = Kernels(attention=attention, row_multiple=multiple)
+        context_attention: Literal["frozen", "exact"] = "frozen" if frozen else "exact"
+        options = LoadOptions(dtype="float32", device="cpu", kernels=kernels, context_attention=context_attention)
+        loaded = load_checkpoint(random_weights(family), options)
+        context = loaded.load_context({DATASET_EMBEDDINGS: dataset()})
+        with torch.inference_mode():
+            first = loaded.first_stage(texts, [{}] * len(texts)).numpy()
+            second = loaded.second_stage(texts, [context] * len(texts)).numpy()
+        vectors.append(np.concatenate((normalized(first), normalized(second))))
+    np.testing.assert_allclose(vectors[1], vectors[0], rtol=0, atol=1e-6)
+
+
 def test_the_tuner_picks_something_that_is_there() -> None:
     for precision in ("float32", "bfloat16", "int8"):
         kernels = fastest(precision, CPU)
@@ -133,32 +154,38 @@ def test_the_tuner_picks_something_that_is_there() -> None:
     assert fastest("bfloat16", torch.device("cuda")) == Kernels("bfloat16", compute=torch.bfloat16)
 
 
-OTHER_SHAPES = """
-import app.models.kernels, sys, torch
-shapes = int(sys.argv[1])
-x, weight = torch.rand(shapes, 16), torch.rand(16, 16)
-weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-for rows in [*range(1, shapes + 1), 1, shapes]:
-    if rows == shapes: print("LAST", flush=True)
-    torch.ops.mkldnn._linear_pointwise(x[:rows], weight, None, "none", [], "")
+OTHER_LENGTHS = """
+import torch
+from app.bench.models import load_checkpoint, random_checkpoint, random_texts
+from app.domain import DATASET_EMBEDDINGS
+from app.models.loading import LoadOptions, load_model
+
+def run(model, arrays, lengths):
+    for n in lengths:
+        print("LENGTH", flush=True)
+        with torch.inference_mode():
+            model.second_stage(random_texts("v1", [n]), [model.load_context(arrays)])
+
+rows = torch.rand(512, 768).numpy()
+model = load_checkpoint(random_checkpoint("v1", layers=2), LoadOptions(dtype="int8", device="cpu"))
+run(model, {DATASET_EMBEDDINGS: rows}, range(25, 57))
+model = load_model("builtin/minilm-context", LoadOptions(dtype="float32", device="cpu")).model
+run(model, {DATASET_EMBEDDINGS: rows[:0, :384], "token_weights": torch.ones(30522).numpy()}, range(1, 257))
 """
 
 
-@pytest.mark.skipif(not has_onednn("float32"), reason="this torch has no oneDNN")
-def test_code_compiled_for_shapes_is_bounded() -> None:
-    """Of more shapes than are kept the first is compiled again, the last is not."""
-    shapes = 16 * cores() + 8
-    environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+@pytest.mark.skipif(not has_onednn("int8"), reason="this torch has no oneDNN")
+def test_few_shapes_are_compiled() -> None:
+    """However many lengths there are."""
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_SHAPES, str(shapes)],
-        env=environment | {"ONEDNN_VERBOSE": "profile_create"},
+        [sys.executable, "-c", OTHER_LENGTHS],
+        env=os.environ | {"ONEDNN_VERBOSE": "profile_create"},
         capture_output=True,
         text=True,
         check=True,
     )
-    before, after = done.stdout.split("LAST")[-2:]
-    first_again = before.strip().splitlines()[-1]
-    assert "mb1ic" in first_again
-    assert "cache_miss" in first_again
-    assert f"mb{shapes}ic" in after
-    assert "cache_hit" in after
+    _, *lengths = [part.count("cache_miss") for part in done.stdout.split("LENGTH")]
+    filled, default = lengths[:32], lengths[32:]
+    assert filled[0] > 0
+    assert sum(filled[1:]) == 0
+    assert 0 < sum(default) <= 64
