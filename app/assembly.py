@@ -143,6 +143,7 @@ def options_of(settings: ModelSettings, device: str | None = None) -> LoadOption
         dtype=settings.dtype,
         device=device or settings.device,
         context_attention=settings.context_attention,
+        cuda_graphs=settings.cuda_graphs,
     )
 
 

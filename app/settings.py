@@ -35,6 +35,9 @@ class ModelSettings(_Group):
         "exact", description="frozen: an approximation, much faster for short texts; see `cde-server agreement`"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    cuda_graphs: bool = Field(
+        True, description="On a GPU: forwards of up to 4 texts are recorded once a shape, and replayed"
+    )
     matryoshka: bool = Field(False, description="Allow smaller `dimensions`: cut first, normalised after")
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from app.domain import InputType, ModelSpec, TokenizedText
 from app.errors import CheckpointError
 from app.models.configuration import BACKBONES, backbone_of, read_json
-from app.models.contextual import CdeWeights, ContextualModel, FirstStage, SecondStage, Semantics
+from app.models.contextual import ContextualModel, Semantics
 from app.models.files import locate
+from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels
 from app.models.loading import PROMPTS, SOFT_TOKENS, LoadOptions
+from app.models.stages import CdeWeights, FirstStage, SecondStage
 from app.models.tuning import fastest
 
 Family = Literal["v1", "v2"]
@@ -87,7 +89,10 @@ def load_checkpoint(
         is_cde=True,
         approximate=frozen,
     )
-    return ContextualModel(spec, weights, semantics or row.semantics[options.semantics], 0, kernels, frozen=frozen)
+    model = ContextualModel(spec, weights, semantics or row.semantics[options.semantics], 0, kernels, frozen=frozen)
+    if options.cuda_graphs and device.type == "cuda":
+        model.record_forwards(cuda_recorder(device))
+    return model
 
 
 def random_texts(family: Family, lengths: list[int], seed: int = 0) -> list[TokenizedText]:

@@ -4,7 +4,7 @@ T rows, H heads, d = D / H; B sequences of S rows in a segment. Sources: RoForme
 transformers models/modernbert for the window, inclusive on both sides.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,11 +40,12 @@ class Entered(NamedTuple):
         return Projected(self.q, self.k, self.v)
 
 
-@lru_cache(maxsize=32)
+@cache
 def rotations(head_size: int, base: float, length: int, start: int, device: torch.device) -> Tensor:
     """Unit complex numbers by position and frequency, (S, 2, 1, d/2) complex64; for queries, [:, 0], times d^-1/2.
 
-    The first `start` positions get angle 0, which is exactly no rotation.
+    The first `start` positions get angle 0, which is exactly no rotation. All are kept, as recorded forwards read them:
+    they are few, of half a megabyte each.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), 1.0 / base**exponents)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
 from app.models.attention import Entered
 from app.models.base import DeviceContext, InvalidContext
+from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
 from app.models.layout import Layout, fill, packed
+from app.models.stages import CdeWeights, detach_from_file
 from app.models.transformer import Transformer, interleaved
 
 MAX_ROWS = {"cpu": 1100, "cuda": 16_384}
@@ -36,49 +38,10 @@ class Semantics:
     """v2 training: tokens up to the prompt's colon are left out of the mean."""
 
 
-class FirstStage(nn.Module):
-    """mean over all tokens -> Linear -> GELU (exact) -> Linear."""
-
-    def __init__(self, embedder: nn.Module, hidden_size: int) -> None:
-        super().__init__()
-        self.embedder = embedder
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-
-
-class SecondStage(nn.Module):
-    """Heads around the second backbone: soft prompt tokens behind the context rows, and the output projection."""
-
-    def __init__(self, backbone: nn.Module, hidden_size: int, soft_tokens: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.prompt_projection = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, soft_tokens * hidden_size)
-        )
-        self.output_projection = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def soft_prompt(self) -> Tensor:
-        """(soft_tokens, D): the projection of ones, the same for every text."""
-        projection = self.prompt_projection.float()
-        weight = next(projection.parameters())
-        return projection(torch.ones_like(weight[0])).view(-1, weight.shape[1])
-
-
-class CdeWeights(nn.Module):
-    """The checkpoint as modules; without the first stage its contexts can only be imported."""
-
-    def __init__(self, first_stage: FirstStage | None, second_stage: SecondStage) -> None:
-        super().__init__()
-        if first_stage is not None:
-            self.first_stage_model = first_stage
-        self.second_stage_model = second_stage
-
-
 class ContextualModel:
     """A loaded CDE model: the two stages as the engine runs them. Implements models.base.TwoStageModel.
 
-    Nothing changes after __init__: several threads may run stages at once.
+    Nothing changes after it is made: several threads may run stages at once.
     """
 
     def __init__(
@@ -102,6 +65,7 @@ class ContextualModel:
         self._instruction_end_id = instruction_end_id
         self._device = torch.device(spec.device)
         self._max_rows = MAX_ROWS[self._device.type]
+        self._recorded: RecordedForwards | None = None
         second = weights.second_stage_model
         self._backbone: Transformer = second.backbone  # type: ignore[assignment]
         with torch.inference_mode():
@@ -111,6 +75,16 @@ class ContextualModel:
             self._backbone.prepare(kernels)
             if spec.has_first_stage:
                 weights.first_stage_model.embedder.prepare(kernels)  # type: ignore[operator]
+
+    def record_forwards(self, record: Record) -> None:
+        """Has the second stage of few texts recorded and replayed; where attention looks at nothing but tensors."""
+        if self._frozen or self.kernels.attention != "varlen":
+            return
+        recorded = RecordedForwards(self._recorded_forward, record, self._prefix)
+        shape = self.context_shapes(self.spec.corpus_size)[DATASET_EMBEDDINGS]
+        noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        recorded.warm_up(self.load_context({DATASET_EMBEDDINGS: noise}), self.spec.max_length)
+        self._recorded = recorded
 
     def corpus_arrays(self, documents: Sequence[TokenizedText]) -> Arrays:  # noqa: ARG002 - the protocol's
         return {}
@@ -151,15 +125,16 @@ class ContextualModel:
         return out
 
     def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
-        prefix = self.spec.corpus_size + len(self._soft_prompt)
+        skipped = [self._instruction_end(text.input_ids) for text in texts]
+        replayed = self._recorded(texts, skipped, contexts) if self._recorded else None
+        if replayed is not None:
+            return replayed
         out = torch.empty(len(texts), self.spec.hidden_size, device=self._device)
-        for chunk in self._chunks(texts, prefix):
+        for chunk in self._chunks(texts, self._prefix):
             some = [texts[i] for i in chunk]
-            layout = self._layout(some, prefix)
+            layout = self._layout(some, self._prefix)
             hidden = self._hidden([contexts[i] for i in chunk], some, layout)
-            pooled = self._means(hidden, layout, [self._instruction_end(t.input_ids) for t in some])
-            projected = self._weights.second_stage_model.output_projection(pooled)
-            out[chunk] = projected + pooled if self._semantics.output_residual else projected
+            out[chunk] = self._projected(self._means(hidden, layout, [skipped[i] for i in chunk]))
         return out
 
     def _chunks(self, texts: Sequence[TokenizedText], prefix: int) -> Iterator[list[int]]:
@@ -170,6 +145,11 @@ class ContextualModel:
     def _layout(self, texts: Sequence[TokenizedText], prefix: int) -> Layout:
         lengths = [len(text.input_ids) for text in texts]
         return Layout.of(lengths, self._device, prefix, self.kernels.row_multiple)
+
+    @property
+    def _prefix(self) -> int:
+        """Rows of a context."""
+        return self.spec.corpus_size + len(self._soft_prompt)
 
     @property
     def _rotary_start(self) -> int:
@@ -189,6 +169,25 @@ class ContextualModel:
         if self._device.type == "cuda":  # the copy runs beside what the device still computes
             return ids.pin_memory().to(self._device, non_blocking=True)
         return ids.to(self._device)
+
+    def _recorded_forward(self, batch: Batch, contexts: Entered) -> Tensor:
+        """(N, D): the second stage as tensors alone; every length is in their contents."""
+        layout = Layout(
+            segments=(),
+            positions=batch.positions,
+            wanted_rows=batch.wanted_rows,
+            longest=self._prefix + max(self.spec.max_length, LONGEST),
+            bounds=batch.bounds,
+            wanted_bounds=batch.wanted_bounds,
+        )
+        rows = self._typed(self._backbone.text_rows(batch.input_ids))
+        texts = self._backbone.enter(rows, layout.of_wanted(), self._rotary_start)
+        whole = [torch.cat(pair)[batch.order] for pair in zip(contexts, texts, strict=True)]
+        return self._projected(batch.shares @ self._backbone(Entered(*whole), layout, self._rotary_start))
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        projected: Tensor = self._weights.second_stage_model.output_projection(pooled)
+        return projected + pooled if self._semantics.output_residual else projected
 
     def _hidden(self, contexts: Sequence[DeviceContext], texts: Sequence[TokenizedText], layout: Layout) -> Tensor:
         """Last hidden states of the texts' rows, each text's behind its context's."""
@@ -215,12 +214,3 @@ class ContextualModel:
         for i, (skip, (start, stop)) in enumerate(zip(skipped, layout.texts, strict=True)):
             weights[i, start + skip : stop] = 1.0 / max(1, stop - start - skip)
         return weights.to(self._device) @ hidden
-
-
-def detach_from_file(weights: nn.Module) -> None:
-    """Copies what is small: norms and heads, as float32. Each layer's matrices then are all that keeps its part of
-    the file mapped; embedding tables stay there, and of them only the pages that are read are ever in memory."""
-    for module in weights.modules():
-        if isinstance(module, nn.LayerNorm | nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(torch.float32, copy=True)

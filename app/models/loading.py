@@ -13,10 +13,12 @@ from app.errors import CheckpointError
 from app.models.base import TwoStageModel
 from app.models.checkpoint import load_weights, revision_of, sha256
 from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
-from app.models.contextual import CdeWeights, ContextualModel, FirstStage, SecondStage, Semantics
+from app.models.contextual import ContextualModel, Semantics
 from app.models.files import WEIGHTS, CheckpointFiles, check_name, fetch_file, locate
+from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels, Precision
 from app.models.minilm import HIDDEN_SIZE, MiniLM, MiniLMContext
+from app.models.stages import CdeWeights, FirstStage, SecondStage
 from app.models.tuning import fastest
 from app.tokenization import TextTokenizer
 
@@ -42,6 +44,7 @@ class LoadOptions:
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     device: str = "auto"
     context_attention: Literal["exact", "frozen"] = "exact"
+    cuda_graphs: bool = True
     kernels: Kernels | None = None
     """None: what is fastest on this machine."""
 
@@ -144,6 +147,8 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     kernels = options.kernels or fastest(dtype, device)
     frozen = options.context_attention == "frozen"
     model = ContextualModel(spec, weights, semantics, tokenizer.id_of(": "), kernels, frozen=frozen)
+    if options.cuda_graphs and device.type == "cuda":
+        model.record_forwards(cuda_recorder(device))
     return LoadedModel(model, tokenizer)
 
 

@@ -12,13 +12,13 @@ from transformers import ModernBertConfig as HfModernBertConfig
 from transformers import NomicBertConfig as HfNomicBertConfig
 
 from app.domain import DATASET_EMBEDDINGS, InputType
-from app.models.contextual import SecondStage
 from app.models.kernels import Kernels, has_onednn
 from app.models.layout import Layout
 from app.models.loading import LoadedModel
 from app.models.minilm import MiniLM
 from app.models.modern_bert import ModernBert, ModernBertConfig
 from app.models.nomic_bert import NomicBert, NomicBertConfig
+from app.models.stages import SecondStage
 from app.models.transformer import Transformer
 from tests.models.conftest import builtin_folder, embed, tokenized
 

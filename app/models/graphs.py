@@ -1,0 +1,222 @@
+"""Small batches on a GPU: the second stage recorded once a shape, and replayed with other contents.
+
+A forward is some hundreds of kernels. With few texts launching them one by one takes far longer than computing them; a
+CUDA graph launches all at once (docs.pytorch.org, notes/cuda: CUDA Graphs). It takes the same shapes and addresses
+every time, so a batch is filled up to one of few shapes with rows that nobody looks at, and copied to where the
+recorded one was. Attention reads where sequences begin on the device, and takes empty ones (as in pytorch/torchtitan
+#4158): lengths are contents, too.
+
+N texts, C context rows each, R rows of texts with the filler, T = N C + R; D hidden_size.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.domain import InputType, TokenizedText
+from app.models.attention import Entered
+from app.models.base import DeviceContext
+
+log = logging.getLogger(__name__)
+
+MAX_TEXTS = 4
+"""Larger batches compute for longer than they are launched."""
+ROWS = 32
+"""A text, on average, is filled up to a multiple of so many rows."""
+LONGEST = 512
+"""Tokens of a text, on average: beyond it a forward computes for longer than it is launched."""
+TOLERANCE = 1e-3
+"""Of the largest value: what the same kernels may differ by."""
+
+_RECORDING = threading.Lock()
+"""CUDA records one graph at a time in a process."""
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""A forward that reads and writes in place -> what runs it again, and where its result then is."""
+
+
+class Batch(NamedTuple):
+    """What differs between batches of one shape, contexts aside. All but `shares` and the bounds are int64."""
+
+    input_ids: Tensor
+    """(R,)"""
+    shares: Tensor
+    """(N, R) float32: what each row counts in the mean of each text."""
+    order: Tensor
+    """(T,): rows of the contexts, one behind the other, and of the texts behind those -> each text's behind its
+    context's, and the filler."""
+    positions: Tensor
+    """(T,)"""
+    wanted_rows: Tensor
+    """(R,): which of the ordered rows are the texts' and the filler's."""
+    bounds: Tensor
+    """(N + 2,) int32: where each sequence begins, the filler's too, which may be empty, and T."""
+    wanted_bounds: Tensor
+    """(N + 2,) int32: the same among the wanted rows."""
+
+
+def batch_of(texts: Sequence[TokenizedText], skipped: Sequence[int], context_rows: int, rows: int) -> Batch:
+    """`skipped`: how many of each text's tokens do not count in its mean. `rows`: R, at least the texts' tokens."""
+    lengths = [len(text.input_ids) for text in texts]
+    count, filler = len(texts), rows - sum(lengths)
+    ids = [i for text in texts for i in text.input_ids] + [0] * filler
+    shares = torch.zeros(count, rows)
+    order, positions, wanted, bounds, wanted_bounds = [], [], [], [0], [0]
+    start = 0
+    for i, length in enumerate(lengths):
+        shares[i, start + skipped[i] : start + length] = 1.0 / max(1, length - skipped[i])
+        order += [torch.arange(context_rows) + i * context_rows, torch.arange(length) + count * context_rows + start]
+        positions.append(torch.arange(context_rows + length))
+        wanted.append(torch.arange(length) + bounds[-1] + context_rows)
+        start += length
+        bounds.append(bounds[-1] + context_rows + length)
+        wanted_bounds.append(start)
+    order.append(torch.arange(filler) + count * context_rows + start)
+    positions.append(torch.arange(filler))
+    wanted.append(torch.arange(filler) + bounds[-1])
+    return Batch(
+        input_ids=torch.tensor(ids),
+        shares=shares,
+        order=torch.cat(order),
+        positions=torch.cat(positions),
+        wanted_rows=torch.cat(wanted),
+        bounds=torch.tensor([*bounds, count * context_rows + rows], dtype=torch.int32),
+        wanted_bounds=torch.tensor([*wanted_bounds, rows], dtype=torch.int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A forward of one shape. `batch` and `contexts` are where it reads."""
+
+    batch: Batch
+    contexts: Entered
+    replay: Replay
+    result: Tensor
+
+    def __call__(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Tensor:
+        _fill(self.batch, self.contexts, batch, contexts)
+        self.replay()
+        return self.result.clone()
+
+
+class RecordedForwards:
+    """Of one model on one device: at most MAX_TEXTS * LONGEST / ROWS of them. Thread-safe."""
+
+    def __init__(self, forward: Callable[[Batch, Entered], Tensor], record: Record, context_rows: int) -> None:
+        """`forward`: contexts as they entered the first layer, (N C, …) -> (N, D). It may depend on nothing but the
+        shapes and contents of what it is given, and on what never changes."""
+        self._forward = forward
+        self._record = record
+        self._context_rows = context_rows
+        self._lock = threading.Lock()
+        self._known: dict[tuple[int, int], Recorded | None] = {}
+        self._room: Entered | None = None
+        self._works = True
+
+    def __call__(
+        self, texts: Sequence[TokenizedText], skipped: Sequence[int], contexts: Sequence[DeviceContext]
+    ) -> Tensor | None:
+        """(N, D), or None for a batch that is none of these: too large, or of a shape met for the first time."""
+        shape = (len(texts), rows_of(texts))
+        if not self._works or shape[0] > MAX_TEXTS or shape[1] > shape[0] * LONGEST:
+            return None
+        with self._lock, torch.inference_mode():
+            if shape not in self._known:
+                self._known[shape] = None
+                return None
+            batch = batch_of(texts, skipped, self._context_rows, shape[1])
+            recorded = self._known[shape] or self._recorded(batch, contexts)
+            if recorded is None:
+                return None
+            self._known[shape] = recorded
+            return recorded(batch, contexts)
+
+    def warm_up(self, context: DeviceContext, longest: int) -> None:
+        """Records all forwards of one text of up to `longest` tokens: a single query never waits for a recording."""
+        for rows in range(ROWS, min(longest, LONGEST) + 1, ROWS):
+            text = TokenizedText((0,) * rows, InputType.NONE)
+            for _ in range(2):  # the first time a shape is only noted
+                self((text,), (0,), (context,))
+
+    def _recorded(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Recorded | None:
+        """None, from now on, if it cannot be recorded or gives something else than when it is launched."""
+        room = self._room = self._room or _room(contexts[0])
+        own = Entered(*(tensor[: len(contexts) * self._context_rows] for tensor in room))
+        copied = Batch(*(torch.empty_like(tensor, device=own.x.device) for tensor in batch))
+        _fill(copied, own, batch, contexts)
+        try:
+            recorded = Recorded(copied, own, *self._record(lambda: self._forward(copied, own)))
+            # Also with the shortest texts of this shape: lengths that were recorded, instead of read, would show.
+            for probe in (batch, self._shortest(batch)):
+                replayed = recorded(probe, contexts)
+                launched = self._forward(copied, own)
+                difference = float((replayed - launched).abs().max() / launched.abs().max())
+                if not difference <= TOLERANCE:
+                    log.warning("recorded forwards give other vectors, by %.1e: launched one by one", difference)
+                    self._give_up()
+                    return None
+        except (RuntimeError, NotImplementedError) as error:
+            log.warning("forwards cannot be recorded, they are launched one by one: %s", error)
+            self._give_up()
+            return None
+        return recorded
+
+    def _shortest(self, batch: Batch) -> Batch:
+        count, rows = batch.shares.shape
+        text = TokenizedText((0,) * (rows // count - ROWS + 1), InputType.NONE)
+        return batch_of([text] * count, [0] * count, self._context_rows, rows)
+
+    def _give_up(self) -> None:
+        self._works = False
+        self._known.clear()
+
+
+def rows_of(texts: Sequence[TokenizedText]) -> int:
+    """R of these texts: few different ones for each number of texts."""
+    step = ROWS * len(texts)
+    return -(-sum(len(text.input_ids) for text in texts) // step) * step
+
+
+def cuda_recorder(device: torch.device) -> Record:
+    """Records CUDA graphs, whose memory they share: they never run at the same time."""
+    pools: list[Any] = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        # The outer stream comes back even from a recording that fails, which leaves its own behind.
+        with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what libraries set up at a first use cannot be recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = pools[0] if pools else None
+            # Other threads, of other devices, may go on as they like.
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                result = run()
+            pools[:] = [graph.pool()]
+            return graph.replay, result
+
+    return record
+
+
+def _room(context: DeviceContext) -> Entered:
+    """For as many contexts as a batch may have; all recorded forwards read the same."""
+    return Entered(
+        **{name: tensor.new_zeros(MAX_TEXTS * len(tensor), *tensor.shape[1:]) for name, tensor in context.items()}
+    )
+
+
+def _fill(to: Batch, room: Entered, batch: Batch, contexts: Sequence[DeviceContext]) -> None:
+    for there, here in zip(to, batch, strict=True):
+        there.copy_(here)
+    for name, there in room._asdict().items():
+        for rows, context in zip(there.chunk(len(contexts)), contexts, strict=True):
+            rows.copy_(context[name])
