@@ -16,7 +16,7 @@ from app.models.attention import Entered
 from app.models.base import DeviceContext, InvalidContext
 from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
-from app.models.layout import Layout, fill, packed
+from app.models.layout import Layout, fill, mean_weights, packed
 from app.models.stages import CdeWeights, detach_from_file
 from app.models.transformer import Transformer, interleaved
 
@@ -209,8 +209,5 @@ class ContextualModel:
         return input_ids.index(self._instruction_end_id, 1) + 1
 
     def _means(self, hidden: Tensor, layout: Layout, skipped: Sequence[int]) -> Tensor:
-        """Mean of each text's rows of hidden (T', D), less the first `skipped`: (B, D) float32; of none: zero."""
-        weights = torch.zeros(len(skipped), len(hidden))
-        for i, (skip, (start, stop)) in enumerate(zip(skipped, layout.texts, strict=True)):
-            weights[i, start + skip : stop] = 1.0 / max(1, stop - start - skip)
-        return weights.to(self._device) @ hidden
+        """Of each text's rows of hidden (T', D), less the first `skipped`: (B, D) float32."""
+        return mean_weights(layout.texts, skipped, len(hidden)).to(self._device) @ hidden

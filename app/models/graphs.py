@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from app.domain import InputType, TokenizedText
 from app.models.attention import Entered
 from app.models.base import DeviceContext
+from app.models.layout import mean_weights
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +68,9 @@ def batch_of(texts: Sequence[TokenizedText], skipped: Sequence[int], context_row
     lengths = [len(text.input_ids) for text in texts]
     count, filler = len(texts), rows - sum(lengths)
     ids = [i for text in texts for i in text.input_ids] + [0] * filler
-    shares = torch.zeros(count, rows)
     order, positions, wanted, bounds, wanted_bounds = [], [], [], [0], [0]
     start = 0
     for i, length in enumerate(lengths):
-        shares[i, start + skipped[i] : start + length] = 1.0 / max(1, length - skipped[i])
         order += [torch.arange(context_rows) + i * context_rows, torch.arange(length) + count * context_rows + start]
         positions.append(torch.arange(context_rows + length))
         wanted.append(torch.arange(length) + bounds[-1] + context_rows)
@@ -82,7 +82,7 @@ def batch_of(texts: Sequence[TokenizedText], skipped: Sequence[int], context_row
     wanted.append(torch.arange(filler) + bounds[-1])
     return Batch(
         input_ids=torch.tensor(ids),
-        shares=shares,
+        shares=mean_weights(pairwise(wanted_bounds), skipped, rows),
         order=torch.cat(order),
         positions=torch.cat(positions),
         wanted_rows=torch.cat(wanted),

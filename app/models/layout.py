@@ -3,7 +3,7 @@
 Linears and norms see the rows alone; attention goes segment by segment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -90,6 +90,15 @@ class Layout:
 def fill(length: int, multiple: int) -> int:
     """How many rows it lacks to be a multiple."""
     return -length % multiple
+
+
+def mean_weights(texts: Iterable[tuple[int, int]], skipped: Sequence[int], rows: int) -> Tensor:
+    """(B, rows) float32: times hidden states (rows, D), the mean of each text's rows, less the first `skipped`; of
+    none: zero. `texts`: where the rows of each begin and end."""
+    weights = torch.zeros(len(skipped), rows)
+    for i, (skip, (start, stop)) in enumerate(zip(skipped, texts, strict=True)):
+        weights[i, start + skip : stop] = 1.0 / max(1, stop - start - skip)
+    return weights
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
