@@ -67,7 +67,13 @@ CMD ["serve"]
 
 FROM runtime AS cuda
 RUN ["python", "-c", "import torch; assert torch.version.cuda, 'This torch has no CUDA: leave TORCH_INDEX out, or name an index of CUDA wheels'"]
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Triton compiles its launcher at the first start, and keeps it and its kernels beside the data. Without a compiler it is left out.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && gcc -fsyntax-only -I "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')" -include Python.h -x c /dev/null
+USER 10001:10001
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility TRITON_CACHE_DIR=/data/triton
 
 # Last, so that it is what is built where no target is named.
 FROM runtime AS cpu

@@ -17,6 +17,9 @@ VOCABULARY = Path(sys.prefix) / "share" / "tiktoken"
 if VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
 
+# Read as Triton is imported: kernels for GPUs are interpreted in tests.
+os.environ["TRITON_INTERPRET"] = "1"
+
 BUILTIN = "builtin/minilm-context"
 
 ANIMALS = [

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout, Segment
+from app.models.pointwise import rotate
 
 TILE = 176  # queries a time in a sliding window: with 64 keys on either side, a score block stays in the cache
 UNSEEN = -1e30  # no weight beside any score there is; finite, as a row of filler may see nothing else
@@ -76,12 +77,13 @@ class Attention(nn.Module):
         """Packs the projection; `split`: for queries of the wanted rows alone.
 
         The two halves that a rotation pairs are put side by side in q and k alike: scores stay the same sums, and
-        rotating is one complex product.
+        rotating is one complex product. Triton's kernel reads halves as they are.
         """
         self.kernels = kernels
         q, k, v = self.Wqkv.take().float().view(3, self.heads, 2, self.head_size // 2, -1)
-        q, k = (part.transpose(1, 2).reshape(self.heads * self.head_size, -1) for part in (q, k))
-        v = v.reshape(self.heads * self.head_size, -1)
+        if kernels.pointwise == "torch":
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q, k, v = (part.reshape(self.heads * self.head_size, -1) for part in (q, k, v))
         if split:
             self.Wq, self.Wqkv = Dense.of(q, kernels), Dense.of(torch.cat((k, v)), kernels)
         else:
@@ -91,12 +93,13 @@ class Attention(nn.Module):
         """Rows (T, D), the rotations of their positions (T, 2, 1, d/2); `wanted`: which of them ask, where split."""
         if self.Wq is None:
             qkv = self._heads(self.Wqkv(self.Wqkv.operand(x)), 3)
-            q, k = rotate(qkv[:, :2], turns).unbind(1)
+            q, k = rotate(qkv[:, :2], turns, self.kernels).unbind(1)
             return Projected(q, k, qkv[:, 2])
         kv = self._heads(self.Wqkv(self.Wqkv.operand(x)), 2)
         asking, turns_of_asking = (x, turns) if wanted is None else (x[wanted], turns[wanted])
         q = self._heads(self.Wq(self.Wq.operand(asking)), 1)
-        return Projected(rotate(q, turns_of_asking[:, :1])[:, 0], rotate(kv[:, :1], turns[:, 1:])[:, 0], kv[:, 1])
+        q, k = rotate(q, turns_of_asking[:, :1], self.kernels), rotate(kv[:, :1], turns[:, 1:], self.kernels)
+        return Projected(q[:, 0], k[:, 0], kv[:, 1])
 
     def forward(self, projected: Projected, layout: Layout) -> Tensor:
         """(T', D): what each query sees, before the output projection."""
@@ -130,13 +133,6 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         return x.view(len(x), parts, self.heads, self.head_size)
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x (T, parts, H, d) times turns (T, parts, 1, d/2), pairs side by side. float32 in place, else by way of it."""
-    pairs = x.float().view(*x.shape[:-1], -1, 2)
-    torch.view_as_complex(pairs).mul_(turns)
-    return pairs.flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=256)

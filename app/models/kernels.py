@@ -18,6 +18,7 @@ from torch.nn import functional as F
 Precision = Literal["float32", "bfloat16", "int8"]
 LinearKernel = Literal["torch", "onednn"]
 AttentionKernel = Literal["sdpa", "bmm", "linear", "varlen"]
+PointwiseKernel = Literal["torch", "triton"]
 Activation = Literal["none", "silu", "gelu"]
 ZERO_POINT = 128
 ONEDNN_ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
@@ -26,7 +27,7 @@ ONEDNN_ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gel
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """How a backbone is computed. `torch` and `sdpa` run on every device, `varlen` on CUDA in
-    bfloat16, the others on CPUs."""
+    bfloat16, `triton` on CUDA, the others on CPUs."""
 
     precision: Precision = "float32"
     linear: LinearKernel = "torch"
@@ -37,6 +38,8 @@ class Kernels:
     row_multiple: int = 1
     """Each sequence is filled up to a multiple of so many rows. oneDNN compiles a kernel for every shape it meets: of
     few shapes all stay compiled, of every length there is they take tens of milliseconds a forward, and a gigabyte."""
+    pointwise: PointwiseKernel = "torch"
+    """What comes between products: gates, rotations, sums and norms."""
 
     def __post_init__(self) -> None:
         if self.attention == "varlen" and self.row_multiple > 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from app.models.attention import Attention, Projected
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout
+from app.models.pointwise import Norm, Normed, Sum, gated, onto
 from app.models.transformer import Block, Transformer
 
 
@@ -66,10 +67,9 @@ class GeGLU(nn.Module):
         self.activated, self.gate = Dense.of(activated, kernels), Dense.of(gate, kernels)
         self.Wo.prepare(kernels)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        rows = self.gate.operand(x)
-        inner = self.gate(rows, times=self.activated(rows, activation="gelu"))
-        return self.Wo(self.Wo.operand(inner), plus=residual)
+    def forward(self, x: Tensor, rows: Tensor, kernels: Kernels) -> Sum:
+        """x: the residual stream; rows: normed."""
+        return onto(x, self.Wo, gated(self.activated, self.gate, rows, "gelu", kernels), kernels)
 
 
 class ModernBlock(Block):
@@ -88,13 +88,10 @@ class ModernBlock(Block):
         self.attn.Wo.prepare(kernels)
         self.mlp.prepare(kernels)
 
-    def before_attention(self, x: Tensor) -> Tensor:
-        return self.attn_norm(x)
-
-    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Tensor:
-        out = self.attn.Wo
-        x = out(out.operand(self.attn(projected, layout)), plus=x)
-        return self.mlp(self.mlp_norm(x), x)
+    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:
+        kernels = self.attn.kernels
+        x, rows = self.mlp_norm.pre(onto(x, self.attn.Wo, self.attn(projected, layout), kernels))
+        return self.mlp(x, rows, kernels)
 
 
 class Embeddings(nn.Module):
@@ -113,7 +110,7 @@ class ModernBert(Transformer):
         self.final_norm = _norm(config)
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> Sequence[ModernBlock]:
         return list(self.layers)  # type: ignore[arg-type]
 
     def token_rows(self, input_ids: Tensor) -> Tensor:
@@ -130,9 +127,11 @@ class ModernBert(Transformer):
     def input_norm(self, rows: Tensor) -> Tensor:
         return self.embeddings.norm(rows)
 
-    def output_norm(self, x: Tensor) -> Tensor:
-        return self.final_norm(x)
+    def after(self, index: int, s: Sum) -> Normed:
+        if index + 1 < len(self.blocks):
+            return self.blocks[index + 1].attn_norm.pre(s)  # type: ignore[operator]
+        return self.final_norm.post(s)
 
 
-def _norm(config: ModernBertConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+def _norm(config: ModernBertConfig) -> Norm:
+    return Norm(config.hidden_size, config.norm_eps, bias=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from app.models.attention import Attention, Projected
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout
+from app.models.pointwise import Norm, Normed, Sum, gated, onto
 from app.models.transformer import Block, Transformer
 
 
@@ -75,10 +76,9 @@ class SwiGLU(nn.Module):
         self.fc12 = Dense(hidden_size, inner)
         self.fc2 = Dense(inner, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.fc11.operand(x)
-        inner = self.fc11(rows, times=self.fc12(rows, activation="silu"))
-        return self.fc2(self.fc2.operand(inner), plus=x)
+    def forward(self, x: Tensor, rows: Tensor, kernels: Kernels) -> Sum:
+        """rows: x in what the products take."""
+        return onto(x, self.fc2, gated(self.fc12, self.fc11, rows, "silu", kernels), kernels)
 
 
 class NomicBlock(Block):
@@ -88,21 +88,18 @@ class NomicBlock(Block):
         super().__init__()
         self.attn = SelfAttention(config)
         self.mlp = SwiGLU(config.n_embd, config.n_inner)
-        self.norm1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.norm2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.norm1 = Norm(config.n_embd, config.layer_norm_epsilon)
+        self.norm2 = Norm(config.n_embd, config.layer_norm_epsilon)
 
     def prepare(self, kernels: Kernels, *, last: bool) -> None:
         self.attn.prepare(kernels, split=last)
         for dense in (self.attn.out_proj, self.mlp.fc11, self.mlp.fc12, self.mlp.fc2):
             dense.prepare(kernels)
 
-    def before_attention(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Tensor:
-        out = self.attn.out_proj
-        x = self.norm1(out(out.operand(self.attn(projected, layout)), plus=x))
-        return self.norm2(self.mlp(x))
+    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:
+        kernels = self.attn.kernels
+        x, rows = self.norm1.post(onto(x, self.attn.out_proj, self.attn(projected, layout), kernels))
+        return self.mlp(x, rows, kernels)
 
 
 class Embeddings(nn.Module):
@@ -127,7 +124,7 @@ class NomicBert(Transformer):
         self.encoder = Encoder(config)
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> Sequence[NomicBlock]:
         return list(self.encoder.layers)  # type: ignore[arg-type]
 
     @property
@@ -146,6 +143,5 @@ class NomicBert(Transformer):
     def input_norm(self, rows: Tensor) -> Tensor:
         return self.emb_ln(rows)
 
-    def output_norm(self, x: Tensor) -> Tensor:
-        """The last block's norm was the last."""
-        return x
+    def after(self, index: int, s: Sum) -> Normed:
+        return self.blocks[index].norm2.post(s)

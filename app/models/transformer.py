@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from app.models.attention import Attention, Entered, Projected, turns_of
 from app.models.kernels import Kernels
 from app.models.layout import Layout
+from app.models.pointwise import Norm, Normed, Sum
 
 
 class Block(nn.Module, ABC):
@@ -21,12 +22,8 @@ class Block(nn.Module, ABC):
         """Packs the weights; once, before the first forward."""
 
     @abstractmethod
-    def before_attention(self, x: Tensor) -> Tensor:
-        """What is projected to queries, keys and values."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Tensor:
-        """x: the rows (T', D) that ask in `projected`, which is of all rows."""
+    def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:
+        """x: the residual stream of the rows (T', D) that ask in `projected`, which is of all rows."""
 
 
 class Transformer(nn.Module, ABC):
@@ -57,10 +54,15 @@ class Transformer(nn.Module, ABC):
     def input_norm(self, rows: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def output_norm(self, x: Tensor) -> Tensor: ...
+    def after(self, index: int, s: Sum) -> Normed:
+        """What block `index` gave, for the next one: the residual stream, and the rows that it projects. Of the last
+        block: the last hidden states, as the stream."""
 
     def prepare(self, kernels: Kernels) -> None:
         """Packs the weights; once, before the first forward."""
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.prepare(kernels)
         for block in self.blocks:
             block.prepare(kernels, last=block is self.blocks[-1])
 
@@ -74,12 +76,12 @@ class Transformer(nn.Module, ABC):
         first, *others = self.blocks
         rotaries = {block.attn.rotary for block in others}
         turns = {rotary: turns_of(layout, *rotary, rotary_start) for rotary in rotaries}
-        x = first(entered.x, entered.projected, layout)
-        for block in others:
+        x, rows = self.after(0, first(entered.x, entered.projected, layout))
+        for i, block in enumerate(others, 1):
             wanted = layout.wanted_rows if block is others[-1] else None
-            projected = block.attn.project(block.before_attention(x), turns[block.attn.rotary], wanted)
-            x = block(x if wanted is None else x[wanted], projected, layout)
-        return self.output_norm(x)
+            projected = block.attn.project(rows, turns[block.attn.rotary], wanted)
+            x, rows = self.after(i, block(x if wanted is None else x[wanted], projected, layout))
+        return x
 
     def frozen(self, rows: Tensor, rotary_start: int = 0) -> dict[str, Tensor]:
         """Keys and values (C, H, d) of every layer, `k0`, `v0`, …, for a context alone (C, D)."""
@@ -89,11 +91,10 @@ class Transformer(nn.Module, ABC):
         kept: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
             if i:
-                turns = turns_of(layout, *block.attn.rotary, rotary_start)
-                projected = block.attn.project(block.before_attention(x), turns)
+                projected = block.attn.project(rows, turns_of(layout, *block.attn.rotary, rotary_start))
             kept |= {f"k{i}": projected.k, f"v{i}": projected.v}
             if block is not self.blocks[-1]:
-                x = block(x, projected, layout)
+                x, rows = self.after(i, block(x, projected, layout))
         return {name: tensor.contiguous() for name, tensor in kept.items()}
 
     def behind(
@@ -105,14 +106,13 @@ class Transformer(nn.Module, ABC):
         """
         own = layout.of_wanted()
         lengths = layout.wanted_lengths
-        x = self.input_norm(rows)
+        x = rows = self.input_norm(rows)
         for i, block in enumerate(self.blocks):
-            turns = turns_of(own, *block.attn.rotary, rotary_start)
-            q, k, v = block.attn.project(block.before_attention(x), turns)
+            q, k, v = block.attn.project(rows, turns_of(own, *block.attn.rotary, rotary_start))
             k = interleaved([context[f"k{i}"] for context in frozen], torch.split(k, lengths))
             v = interleaved([context[f"v{i}"] for context in frozen], torch.split(v, lengths))
-            x = block(x, Projected(q, k, v), layout)
-        return self.output_norm(x)
+            x, rows = self.after(i, block(x, Projected(q, k, v), layout))
+        return x
 
 
 def interleaved(contexts: Sequence[Tensor], texts: Sequence[Tensor]) -> Tensor:

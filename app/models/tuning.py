@@ -4,7 +4,6 @@ One product and one attention of the models' own shapes; the least CPU time of a
 that whatever else the machine does meets all of them.
 """
 
-import logging
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -14,14 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from app.models.attention import Attention, Projected, attend
+from app.models.attention import attend
 from app.models.kernels import AttentionKernel, Dense, Kernels, LinearKernel, Precision, has_onednn
-from app.models.layout import Layout
-
-log = logging.getLogger(__name__)
+from app.models.trials import HEADS, INNER, WIDTH, attention_is_right, pointwise_is_right
 
 K = TypeVar("K", bound=Hashable)
-ROWS, WIDTH, INNER, HEADS = 528, 768, 3072, 12  # a context with a short text, in either model
+ROWS = 528  # a context with a short text
 REPEATS = 3
 HOPELESS = 1.5
 """So much slower in its first run: no further ones."""
@@ -35,15 +32,22 @@ SLOWER = 0.9
 
 @lru_cache(maxsize=8)
 def fastest(precision: Precision, device: torch.device) -> Kernels:
-    """The kernels for `precision` on `device`; elsewhere than on CPUs, attention over packed rows where it is right."""
+    """The kernels for `precision` on `device`; elsewhere than on CPUs, those made for GPUs where they are right."""
     if device.type != "cpu":
-        plain = Kernels(precision, compute=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-        packed_rows = replace(plain, attention="varlen")
-        return packed_rows if plain.compute is torch.bfloat16 and agrees(packed_rows, device) else plain
+        return _of_gpu(Kernels(precision, compute=torch.bfloat16 if precision == "bfloat16" else torch.float32), device)
     found = _fastest_attention(_fastest_linear(precision))
     # oneDNN compiles a kernel for every shape, MKL does not.
     compiles = found.linear == "onednn" or found.attention != "sdpa" or found.compute is not torch.float32
     return replace(found, row_multiple=FILLED_ROWS) if compiles else found
+
+
+def _of_gpu(plain: Kernels, device: torch.device) -> Kernels:
+    packed, fused = replace(plain, attention="varlen"), replace(plain, pointwise="triton")
+    return replace(
+        plain,
+        attention="varlen" if plain.compute is torch.bfloat16 and attention_is_right(packed, device) else "sdpa",
+        pointwise="triton" if pointwise_is_right(fused, device) else "torch",
+    )
 
 
 def _fastest_linear(precision: Precision) -> Kernels:
@@ -72,37 +76,6 @@ def _fastest_attention(linear: Kernels) -> Kernels:
     runs: dict[Kernels, Callable[[], object]] = {c: lambda c=c: attend(c, q, k, v, None) for c in candidates}  # type: ignore[misc]
     seconds = least_seconds(runs)
     return min(candidates, key=lambda c: seconds[c])
-
-
-@torch.inference_mode()
-def agrees(kernels: Kernels, device: torch.device) -> bool:
-    """Whether attention on these kernels runs here and gives what plain attention gives, windows and all.
-
-    Asked of a kernel that depends on the device's generation and torch's build.
-    """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return False
-    layout = Layout.of([9, 40, 40, 200], device, prefix=130)
-    rows = len(layout.positions)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, rows, HEADS, WIDTH // HEADS, generator=generator).to(device, kernels.compute)
-    q *= 0.125
-    for window in (None, 64):
-        for asking in (q, q[layout.wanted_rows]):
-            found = []
-            for candidate in (kernels, replace(kernels, attention="sdpa")):
-                attention = Attention(WIDTH, HEADS, 10_000.0, window)
-                attention.kernels = candidate
-                try:
-                    found.append(attention(Projected(asking, k, v), layout).float())
-                except (RuntimeError, NotImplementedError, ValueError) as error:
-                    log.warning("%s attention does not run on %s: %s", candidate.attention, device, error)
-                    return False
-            ours, plain = found
-            if not torch.allclose(ours, plain, atol=2e-2, rtol=2e-2):
-                log.warning("%s attention is not right on %s; the plain one is used", kernels.attention, device)
-                return False
-    return True
 
 
 @torch.inference_mode()

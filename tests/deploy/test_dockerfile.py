@@ -43,8 +43,10 @@ def test_what_it_copies_is_let_in() -> None:
 
 def test_what_runs_is_not_root_and_says_when_it_is_ready() -> None:
     runtime = TEXT.split(" AS runtime\n")[1]
-    (user,) = re.findall(r"^USER (\d+):\d+$", runtime, re.MULTILINE)
-    assert int(user) > 0
+    for stage in re.split(r"^FROM ", runtime, flags=re.MULTILINE):
+        users = re.findall(r"^USER (\d+):\d+$", stage, re.MULTILINE)
+        assert all(int(user) > 0 for user in users[-1:])
+    assert re.search(r"^USER [1-9]", runtime, re.MULTILINE)
     assert "/ready" in runtime.split("HEALTHCHECK")[1].split("ENTRYPOINT")[0]
 
 

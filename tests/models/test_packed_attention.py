@@ -13,7 +13,8 @@ from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
-from app.models.tuning import agrees, fastest
+from app.models.trials import attention_is_right
+from app.models.tuning import fastest
 from tests.models.conftest import random_weights
 from tests.models.test_kernels import dataset
 
@@ -59,7 +60,7 @@ def test_a_right_kernel_agrees_and_a_wrong_one_does_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", documented)
-    assert agrees(PACKED, CPU)
+    assert attention_is_right(PACKED, CPU)
 
     def lined_up_at_the_front(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
         if options["window_size"] != (-1, -1):
@@ -67,12 +68,12 @@ def test_a_right_kernel_agrees_and_a_wrong_one_does_not(
         return documented(q, k, v, *rest, **options)
 
     monkeypatch.setattr(varlen, "varlen_attn", lined_up_at_the_front)
-    assert not agrees(PACKED, CPU)
+    assert not attention_is_right(PACKED, CPU)
     assert "not right" in caplog.text
 
 
 def test_a_kernel_that_does_not_run_is_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
     """The real one, which has no CPU version."""
-    assert not agrees(PACKED, CPU)
+    assert not attention_is_right(PACKED, CPU)
     assert "does not run" in caplog.text
     assert fastest("bfloat16", CPU).attention != "varlen"
