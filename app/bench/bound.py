@@ -68,6 +68,11 @@ def second_stage_flops(family: Family, n: int) -> float:
     return total
 
 
+def fraction(flops: float | None, rate: float, seconds: float) -> float | None:
+    """Of the bound: `rate` in GFLOP/s, `seconds` of one text."""
+    return None if flops is None else flops / 1e9 / rate / seconds
+
+
 def machine(rates: dict[str, float]) -> dict[str, Any]:
     """What was measured on, for the report."""
     return {

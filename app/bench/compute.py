@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from app.bench.bound import best_rate, gemm_rates, machine, second_stage_flops
+from app.bench.bound import best_rate, fraction, gemm_rates, machine, second_stage_flops
 from app.bench.models import Checkpoint, load_checkpoint, random_texts
 from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS, TokenizedText
@@ -148,14 +148,10 @@ class Comparison:
                     ratio=seconds[best] / seconds[name] if best else None,
                     max_abs_diff=None if exact is None else float((vectors[name] - exact).abs().max()),
                     one_minus_cos=None if exact is None else float(1 - (vectors[name] * exact).sum(dim=1).min()),
-                    bound_fraction=_fraction(flops, rate, seconds[name] / count) if variant != FROZEN else None,
+                    bound_fraction=fraction(flops, rate, seconds[name] / count) if variant != FROZEN else None,
                 )
             )
         return rows
-
-
-def _fraction(flops: float | None, rate: float, seconds: float) -> float | None:
-    return None if flops is None else flops / 1e9 / rate / seconds
 
 
 def _options(variant: str) -> LoadOptions:

@@ -1,4 +1,4 @@
-"""What everyone would run without this server: transformers' NomicBert and ModernBert, one padded batch, float32.
+"""What everyone would run without this server: transformers' NomicBert and ModernBert, one padded batch.
 
 It computes what the authors' code computes in `hub` semantics (the second stage's rows enter as `inputs_embeds`), with
 PyTorch's SDPA. For benchmarks alone: transformers is no dependency of the server.
@@ -29,10 +29,14 @@ NOMIC_NAMES = {
 
 
 class Reference:
-    """Both stages over a checkpoint; its tensors are used, not copied, but for v1's projections."""
+    """Both stages over a checkpoint; on a CPU in float32 its tensors are used, not copied, but for v1's projections."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`device` None: the CPU."""
+        self._device, self._dtype = device or torch.device("cpu"), dtype
+        self._tensors = {name: tensor.to(self._device, dtype) for name, tensor in checkpoint.tensors.items()}
         build = _nomic_bert if checkpoint.family == "v1" else _modern_bert
         self._is_v1 = checkpoint.family == "v1"
         self._first = build(self._under("first_stage_model.embedder."), checkpoint.backbone_config)
@@ -41,7 +45,7 @@ class Reference:
     @torch.inference_mode()
     def first_stage(self, documents: Sequence[TokenizedText]) -> Tensor:
         """(B, D) float32."""
-        input_ids, mask = _pad(documents)
+        input_ids, mask = self._padded(documents)
         if self._is_v1:
             rows = self._first.embeddings.word_embeddings(input_ids)  # inputs_embeds get the token type and the norm
             hidden = self._first(inputs_embeds=rows, attention_mask=mask).last_hidden_state
@@ -53,14 +57,19 @@ class Reference:
     @torch.inference_mode()
     def second_stage(self, texts: Sequence[TokenizedText], dataset: Tensor) -> Tensor:
         """(B, D) float32 under one context, dataset (C, D)."""
-        input_ids, mask = _pad(texts)
+        input_ids, mask = self._padded(texts)
+        dataset = dataset.to(self._device, self._dtype)
         rows = self._text_rows(input_ids)
-        soft = self._head("second_stage_model.prompt_projection", torch.ones(1, dataset.shape[1]), F.relu)
+        soft = self._head("second_stage_model.prompt_projection", torch.ones_like(dataset[:1]), F.relu)
         context = torch.cat((dataset, soft.view(-1, dataset.shape[1])))
         rows = torch.cat((context.expand(len(texts), -1, -1), rows), dim=1)
         seen = torch.cat((mask.new_ones(len(texts), len(context)), mask), dim=1)
         hidden = self._second(inputs_embeds=rows, attention_mask=seen).last_hidden_state
         return self._head("second_stage_model.output_projection", _mean(hidden[:, len(context) :], mask), F.relu)
+
+    def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
+        ids, mask = _pad(texts)
+        return ids.to(self._device), mask.to(self._device)
 
     def _text_rows(self, input_ids: Tensor) -> Tensor:
         embeddings = self._second.embeddings
@@ -110,7 +119,8 @@ def _transformers() -> Any:
 
 def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     model.load_state_dict(dict(state), assign=True)
-    return model.eval()
+    # Buffers, as of rotations, are in no checkpoint.
+    return model.to(next(iter(state.values())).device).eval()
 
 
 def _pad(texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
@@ -122,5 +132,5 @@ def _pad(texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    weights = mask.float()[:, :, None]
+    weights = mask[:, :, None].to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)

@@ -1,61 +1,115 @@
 """`cde-server bench`: the forward against a plain one, and load on a running server."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from app.bench.compute import VARIANTS, Comparison, Row
+from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
-from app.bench.models import random_checkpoint, read_checkpoint
+from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.options import RevisionOption, messages
+from app.models.loading import check_device
 
-bench = typer.Typer(help="Speed, measured: of the forward, or with `http` of a running server.")
+bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
+
+RandomOption = Annotated[
+    Literal["v1", "v2"] | None, typer.Option("--random", help="A model of true size with random weights")
+]
+CheckpointOption = Annotated[str | None, typer.Option("--model", help="A checkpoint instead: Hub id or folder")]
+LengthsOption = Annotated[str, typer.Option("--lengths", help="Tokens of a text")]
+MixedOption = Annotated[bool, typer.Option("--mixed", help="Also a stream of mixed lengths")]
+FirstStageOption = Annotated[bool, typer.Option("--first-stage", help="Also the first stage")]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Runs of each variant; the median counts")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
 
 
 @bench.callback(invoke_without_command=True)
 def compute(
     context: typer.Context,
     *,
-    random: Annotated[Literal["v1", "v2"] | None, typer.Option(help="A model of true size with random weights")] = None,
-    model: Annotated[str | None, typer.Option(help="A checkpoint instead: Hub id or folder")] = None,
+    random: RandomOption = None,
+    model: CheckpointOption = None,
     revision: RevisionOption = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of a text")] = "8,32,128,512",
+    lengths: LengthsOption = "8,32,128,512",
     variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}")] = "reference,float32,bfloat16",
-    mixed: Annotated[bool, typer.Option("--mixed", help="Also a stream of mixed lengths")] = False,
-    first_stage: Annotated[bool, typer.Option("--first-stage", help="Also the first stage")] = False,
+    mixed: MixedOption = False,
+    first_stage: FirstStageOption = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each forward")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each variant; the median counts")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+    rounds: RoundsOption = 5,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare variants of the forward in one process: CPU time, medians, ratios to the reference."""
     if context.invoked_subcommand is not None:
         return
-    if (random is None) == (model is None):
-        raise typer.BadParameter("give one of --random and --model")
-    wanted = variants.split(",")
-    if not set(wanted) <= set(VARIANTS):
-        raise typer.BadParameter(f"variants are {', '.join(VARIANTS)}")
+    wanted = _variants(variants, VARIANTS)
     torch.set_num_threads(threads)
-    checkpoint = random_checkpoint(random) if random else read_checkpoint(str(model), revision)
-    comparison = Comparison(checkpoint, wanted, rounds=rounds)
+    comparison = Comparison(_checkpoint(random, model, revision), wanted, rounds=rounds)
     rows: list[Row] = []
     for n in map(int, lengths.split(",")):
         messages.print(f"measuring texts of {n} tokens")
         rows += comparison.second_stage(n)
     rows += comparison.mixed() if mixed else []
     rows += comparison.first_stage() if first_stage else []
+    _show(comparison.machine, rows, _table(rows), as_json=as_json)
+
+
+@bench.command()
+def gpu(
+    *,
+    random: RandomOption = None,
+    model: CheckpointOption = None,
+    revision: RevisionOption = None,
+    lengths: LengthsOption = "8,32,128,512",
+    batches: Annotated[str, typer.Option(help="Texts of a batch")] = "1,4,16,64",
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(GPU_VARIANTS)}")] = "reference,bfloat16",
+    mixed: MixedOption = False,
+    first_stage: FirstStageOption = False,
+    device: Annotated[str, typer.Option(help="cuda, or cuda:1")] = "cuda",
+    rounds: RoundsOption = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare variants of the forward on a GPU: time until the device is done, by texts of a batch."""
+    wanted = _variants(variants, GPU_VARIANTS)
+    check_device(device)
+    comparison = GpuComparison(_checkpoint(random, model, revision), wanted, device=device, rounds=rounds)
+    rows: list[GpuRow] = []
+    for batch in map(int, batches.split(",")):
+        for n in map(int, lengths.split(",")):
+            messages.print(f"measuring {batch} texts of {n} tokens")
+            rows += comparison.second_stage(n, batch)
+        rows += comparison.mixed(batch) if mixed else []
+        rows += comparison.first_stage(batch) if first_stage else []
+    _show(comparison.machine, rows, _gpu_table(rows), as_json=as_json)
+
+
+def _checkpoint(random: Literal["v1", "v2"] | None, model: str | None, revision: str | None) -> Checkpoint:
+    if (random is None) == (model is None):
+        raise typer.BadParameter("give one of --random and --model")
+    return random_checkpoint(random) if random else read_checkpoint(str(model), revision)
+
+
+def _variants(given: str, known: Sequence[str]) -> list[str]:
+    wanted = given.split(",")
+    if not set(wanted) <= set(known):
+        raise typer.BadParameter(f"variants are {', '.join(known)}")
+    return wanted
+
+
+def _show(machine: dict[str, Any], rows: Sequence[Row | GpuRow], table: Table, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(orjson.dumps({"machine": comparison.machine, "rows": [asdict(row) for row in rows]}).decode())
+        typer.echo(orjson.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}).decode())
     else:
         console = Console()
-        console.print(comparison.machine)
-        console.print(_table(rows))
+        console.print(machine)
+        console.print(table)
 
 
 def _table(rows: list[Row]) -> Table:
@@ -68,6 +122,23 @@ def _table(rows: list[Row]) -> Table:
             f"{row.cpu_ms_per_text:.1f}",
             _shown(row.ratio, ".2f"),
             _shown(row.max_abs_diff, ".1e"),
+            _shown(row.one_minus_cos, ".1e"),
+            _shown(row.bound_fraction, ".0%"),
+        )
+    return table
+
+
+def _gpu_table(rows: list[GpuRow]) -> Table:
+    columns = ("model", "n", "texts", Column("variant", no_wrap=True), "ms/text", "ratio", "1 - cos", "bound")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(
+            row.model,
+            str(row.n),
+            str(row.batch),
+            row.variant,
+            f"{row.ms_per_text:.3f}",
+            _shown(row.ratio, ".2f"),
             _shown(row.one_minus_cos, ".1e"),
             _shown(row.bound_fraction, ".0%"),
         )

@@ -74,7 +74,7 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
 
 def check_options(name: str, options: LoadOptions) -> None:
     """What can be told without the weights, or a network. Raises CheckpointError."""
-    _check_device(options.device)
+    check_device(options.device)
     if name != BUILTIN:
         check_name(name)
     elif options.context_attention == "frozen":
@@ -83,7 +83,7 @@ def check_options(name: str, options: LoadOptions) -> None:
         raise CheckpointError(f"{BUILTIN} has no int8; it is small: take float32")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """Raises CheckpointError unless this torch can compute there."""
     try:
         device = torch.device("cpu" if name == "auto" else name)

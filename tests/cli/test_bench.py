@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from app.bench.bound import best_rate, second_stage_flops
 from app.bench.compute import Comparison
+from app.bench.gpu import GpuComparison, GpuRow
 from app.bench.models import Family, random_checkpoint
+from app.cli.bench import _gpu_table
 from app.cli.main import app
+from app.errors import CheckpointError
 
 
 @pytest.fixture
@@ -37,6 +42,42 @@ def test_variants_are_compared_to_the_reference(family: Family) -> None:
     assert 0 < rounded.one_minus_cos < 5e-4
     assert all(row.cpu_ms_per_text > 0 for row in rows)
     assert comparison.first_stage()[1].max_abs_diff is not None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_variants_on_a_device() -> None:
+    """On the CPU, where no graph is recorded."""
+    variants = ["reference", "float32", "bfloat16", "bfloat16-no-varlen", "frozen"]
+    comparison = GpuComparison(random_checkpoint("v1", layers=2), variants, device="cpu", rounds=1)
+    rows = comparison.second_stage(8, batch=2)
+    assert [(row.variant, row.batch) for row in rows] == [(variant, 2) for variant in variants]
+    reference, exact, rounded, _, frozen = rows
+    assert reference.ratio == 1
+    assert exact.max_abs_diff is not None
+    assert exact.max_abs_diff < 1e-5
+    assert reference.one_minus_cos is not None
+    assert rounded.one_minus_cos is not None
+    assert rounded.one_minus_cos < reference.one_minus_cos < 1e-4  # which rounds its residual stream, too
+    assert rounded.bound_fraction is not None
+    assert frozen.bound_fraction is None
+    assert all(row.texts_per_second == pytest.approx(1000 / row.ms_per_text) for row in rows)
+    assert [row.batch for row in comparison.mixed(batch=1) + comparison.first_stage(batch=2)] == [1] * 5 + [2] * 5
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["bench", "gpu", "--random", "v1"])
+    assert isinstance(result.exception, CheckpointError)
+    assert "sees no CUDA device" in str(result.exception)
+
+
+def test_the_table_of_a_gpu_fits_a_terminal() -> None:
+    row = GpuRow("v1", "bfloat16-no-graphs", "mixed", 256, 123.456, 8.1, 10.25, 1e-5, 1e-5, 0.61)
+    console = Console(width=80, record=True)
+    console.print(_gpu_table([row, replace(row, model="v1 first stage", bound_fraction=None)]))
+    text = console.export_text()
+    for shown in ("bfloat16-no-graphs", "mixed", "256", "123.456", "10.25", "1.0e-05", "61%"):
+        assert shown in text
 
 
 def test_operations_of_a_text() -> None:
@@ -71,7 +112,14 @@ def test_refusals_are_counted(server: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--random", "v1", "--model", "x"], ["--random", "v1", "--variants", "fast"]]
+    "arguments",
+    [
+        [],
+        ["--random", "v1", "--model", "x"],
+        ["--random", "v1", "--variants", "fast"],
+        ["gpu", "--device", "cpu"],
+        ["gpu", "--random", "v1", "--variants", "int8"],
+    ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2

@@ -1,0 +1,193 @@
+"""Variants of the forward on a GPU: batches of several sizes, interleaved; medians of what a batch takes until the
+device is done.
+
+Ablations show what a part is worth: bfloat16 without CUDA graphs, without Triton's kernels between the products,
+without attention over packed rows.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from app.bench.bound import INNER, WIDTH, best_rate, fraction, machine, second_stage_flops
+from app.bench.compute import FIRST_STAGE, FROZEN, MIXED, REFERENCE
+from app.bench.models import Checkpoint, load_checkpoint, random_texts
+from app.bench.reference import Reference
+from app.domain import DATASET_EMBEDDINGS, TokenizedText
+from app.models.contextual import ContextualModel, Semantics
+from app.models.loading import LoadOptions
+from app.models.tuning import fastest
+
+ABLATIONS = ("bfloat16-no-graphs", "bfloat16-no-triton", "bfloat16-no-varlen")
+GPU_VARIANTS = (REFERENCE, "float32", "bfloat16", *ABLATIONS, FROZEN)
+WARM_UP = 3
+"""A graph is recorded when a shape is met again, and replayed from then on."""
+GEMM_ROWS, GEMM_ROUNDS = 16_384, 20
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRow:
+    """One line of the outcome. `ratio`: the reference's time for the same batch, in bfloat16, over this one's;
+    differences of unit vectors to it in float32; `bound_fraction`: of what the device's best matrix products allow."""
+
+    model: str
+    variant: str
+    n: int | str
+    batch: int
+    ms_per_text: float
+    texts_per_second: float
+    ratio: float | None
+    max_abs_diff: float | None
+    one_minus_cos: float | None
+    bound_fraction: float | None
+
+
+class GpuComparison:
+    """A checkpoint in several variants on one device, all in `hub` semantics, as in compute.Comparison."""
+
+    def __init__(self, checkpoint: Checkpoint, variants: Sequence[str], *, device: str, rounds: int) -> None:
+        """Raises ConfigError where the reference is asked for and transformers is missing."""
+        self._family = checkpoint.family
+        self._device = torch.device(device)
+        self._rounds = rounds
+        self._rates = device_rates(self._device)
+        self._dataset = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
+        self._exact = Reference(checkpoint, self._device) if REFERENCE in variants else None
+        self._reference = Reference(checkpoint, self._device, torch.bfloat16) if REFERENCE in variants else None
+        hub = Semantics(context_token_type=checkpoint.family == "v1")
+        self._models: dict[str, ContextualModel] = {}
+        for variant in variants:
+            if variant != REFERENCE:
+                self._models[variant] = load_checkpoint(checkpoint, _options(variant, self._device), hub)
+        arrays = {DATASET_EMBEDDINGS: self._dataset.numpy()}
+        self._contexts = {variant: model.load_context(arrays) for variant, model in self._models.items()}
+        self.machine: dict[str, Any] = machine(self._rates) | {
+            "device": _name(self._device),
+            "cuda": torch.version.cuda,
+            "kernels": {
+                v: f"attention {m.kernels.attention}, pointwise {m.kernels.pointwise}" for v, m in self._models.items()
+            },
+        }
+
+    def second_stage(self, n: int, batch: int) -> list[GpuRow]:
+        """`batch` texts of n tokens under one context."""
+        return self._measured(n, [n] * batch, second_stage_flops(self._family, n))
+
+    def mixed(self, batch: int) -> list[GpuRow]:
+        """`batch` texts of mixed lengths; the reference pads them to the longest."""
+        lengths = [MIXED[i % len(MIXED)] for i in range(batch)]
+        return self._measured("mixed", lengths, sum(second_stage_flops(self._family, n) for n in lengths) / batch)
+
+    def first_stage(self, batch: int) -> list[GpuRow]:
+        """`batch` documents of equal length."""
+        tokens = FIRST_STAGE[1]
+        texts = random_texts(self._family, [tokens] * batch)
+        ours: dict[str, Callable[[], Tensor]] = {
+            name: lambda model=model: model.first_stage(texts, [{}] * batch)  # type: ignore[misc]
+            for name, model in self._models.items()
+        }
+        return self._rows(f"{self._family} first stage", tokens, texts, lambda r: r.first_stage(texts), ours, None)
+
+    def _measured(self, n: int | str, lengths: list[int], flops: float) -> list[GpuRow]:
+        texts = random_texts(self._family, lengths, seed=len(lengths))
+        ours: dict[str, Callable[[], Tensor]] = {
+            name: lambda m=model, c=self._contexts[name]: m.second_stage(texts, [c] * len(texts))  # type: ignore[misc]
+            for name, model in self._models.items()
+        }
+        return self._rows(self._family, n, texts, lambda r: r.second_stage(texts, self._dataset), ours, flops)
+
+    @torch.inference_mode()
+    def _rows(  # noqa: PLR0917
+        self,
+        model: str,
+        n: int | str,
+        texts: Sequence[TokenizedText],
+        reference: Callable[[Reference], Tensor],
+        ours: Mapping[str, Callable[[], Tensor]],
+        flops: float | None,
+    ) -> list[GpuRow]:
+        runs = dict(ours)
+        if self._reference is not None:
+            plain = self._reference
+            runs = {REFERENCE: lambda: reference(plain), **runs}
+        exact = None if self._exact is None else F.normalize(reference(self._exact).double(), dim=1)
+        vectors = {name: [F.normalize(run().double(), dim=1) for _ in range(WARM_UP)][-1] for name, run in runs.items()}
+        seconds = self._medians(runs)
+        rows = []
+        for name, taken in seconds.items():
+            rate = best_rate(self._rates, name.partition("-")[0])
+            each = taken / len(texts)
+            rows.append(
+                GpuRow(
+                    model=model,
+                    variant=name,
+                    n=n,
+                    batch=len(texts),
+                    ms_per_text=1000 * each,
+                    texts_per_second=1 / each,
+                    ratio=seconds[REFERENCE] / taken if REFERENCE in seconds else None,
+                    max_abs_diff=None if exact is None else float((vectors[name] - exact).abs().max()),
+                    one_minus_cos=None if exact is None else float(1 - (vectors[name] * exact).sum(dim=1).min()),
+                    bound_fraction=fraction(flops, rate, each) if name not in (FROZEN, REFERENCE) else None,
+                )
+            )
+        return rows
+
+    def _medians(self, runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+        """Median seconds until the device is done, the runs taking turns."""
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self._rounds):
+            for name, run in runs.items():
+                taken[name].append(_seconds(run, self._device))
+        return {name: median(times) for name, times in taken.items()}
+
+
+@torch.inference_mode()
+def device_rates(device: torch.device) -> dict[str, float]:
+    """GFLOP/s of (16384, 768) x (768, 3072) there, the best of a few: float32 (not TF32, unless torch is told so) and
+    bfloat16."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.rand(GEMM_ROWS, WIDTH, device=device, dtype=dtype)
+        weight = torch.rand(INNER, WIDTH, device=device, dtype=dtype)
+        rounds = GEMM_ROUNDS if device.type == "cuda" else 1
+        F.linear(x, weight)
+        best = min(_seconds(lambda x=x, w=weight: F.linear(x, w), device) for _ in range(rounds))  # type: ignore[misc]
+        rates[str(dtype).removeprefix("torch.")] = 2 * GEMM_ROWS * WIDTH * INNER / best / 1e9
+    return rates
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """From the first launch until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _options(variant: str, device: torch.device) -> LoadOptions:
+    precision, _, without = variant.partition("-no-")
+    options = LoadOptions(dtype="bfloat16", device=str(device))
+    if variant == FROZEN:
+        return replace(options, context_attention="frozen")
+    if precision == "float32":
+        return replace(options, dtype="float32")
+    kernels = fastest("bfloat16", device)
+    if without == "triton":
+        kernels = replace(kernels, pointwise="torch")
+    elif without == "varlen":
+        kernels = replace(kernels, attention="sdpa")
+    return replace(options, kernels=kernels, cuda_graphs=without != "graphs")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
