@@ -11,6 +11,9 @@ TORCH_INDEX ?=
 ENGINE ?= docker
 BUILD_OPTIONS ?= $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 
+# Processes that share the tests, a file at a time. Each may take 5 GB; with more of them than cores, tests of load wait for one another.
+WORKERS ?= 2
+
 # How many of them `make fuzz` sends to a server of its own.
 REQUESTS ?= 100000
 
@@ -38,7 +41,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-ray: $(VENV)/.ray
 	$(BIN)/python -m pytest tests/scale

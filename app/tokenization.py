@@ -136,7 +136,7 @@ def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Runs of texts of PIECE_CHARACTERS together, or single ones that are longer."""
     start, size = 0, 0
     for end, text in enumerate(texts):
-        if size and size + len(text) > PIECE_CHARACTERS:
+        if end > start and size + len(text) > PIECE_CHARACTERS:
             yield texts[start:end]
             start, size = end, 0
         size += len(text)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,19 @@ ANIMALS = [
 COOKING = [
     f"{v} the {f} for {m} minutes." for v in ("Boil", "Fry") for f in ("rice", "fish", "egg") for m in ("two", "ten")
 ]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """schemathesis names a test after each operation, but pytest, since 9.2, does not make its id from the name: all
+    had the same, and of those pytest-xdist runs one."""
+    if item.parent is not None and not item.nodeid.endswith(f"::{item.name}"):
+        item._id = item.parent.id.child(item.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    twice = [nodeid for nodeid, times in Counter(item.nodeid for item in items).items() if times > 1]
+    if twice:
+        raise pytest.UsageError(f"of tests with the same id only one would run: {', '.join(twice)}")
 
 
 @pytest.fixture(scope="session")

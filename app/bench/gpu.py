@@ -8,6 +8,7 @@ without attention over packed rows.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -88,16 +89,13 @@ class GpuComparison:
         """`batch` documents of equal length."""
         tokens = FIRST_STAGE[1]
         texts = random_texts(self._family, [tokens] * batch)
-        ours: dict[str, Callable[[], Tensor]] = {
-            name: lambda model=model: model.first_stage(texts, [{}] * batch)  # type: ignore[misc]
-            for name, model in self._models.items()
-        }
+        ours = {name: partial(model.first_stage, texts, [{}] * batch) for name, model in self._models.items()}
         return self._rows(f"{self._family} first stage", tokens, texts, lambda r: r.first_stage(texts), ours, None)
 
     def _measured(self, n: int | str, lengths: list[int], flops: float) -> list[GpuRow]:
         texts = random_texts(self._family, lengths, seed=len(lengths))
-        ours: dict[str, Callable[[], Tensor]] = {
-            name: lambda m=model, c=self._contexts[name]: m.second_stage(texts, [c] * len(texts))  # type: ignore[misc]
+        ours = {
+            name: partial(model.second_stage, texts, [self._contexts[name]] * len(texts))
             for name, model in self._models.items()
         }
         return self._rows(self._family, n, texts, lambda r: r.second_stage(texts, self._dataset), ours, flops)
@@ -112,10 +110,8 @@ class GpuComparison:
         ours: Mapping[str, Callable[[], Tensor]],
         flops: float | None,
     ) -> list[GpuRow]:
-        runs = dict(ours)
-        if self._reference is not None:
-            plain = self._reference
-            runs = {REFERENCE: lambda: reference(plain), **runs}
+        plain = {} if self._reference is None else {REFERENCE: partial(reference, self._reference)}
+        runs: dict[str, Callable[[], Tensor]] = plain | dict(ours)
         exact = None if self._exact is None else F.normalize(reference(self._exact).double(), dim=1)
         vectors = {name: [F.normalize(run().double(), dim=1) for _ in range(WARM_UP)][-1] for name, run in runs.items()}
         seconds = self._medians(runs)
@@ -158,7 +154,7 @@ def device_rates(device: torch.device) -> dict[str, float]:
         weight = torch.rand(INNER, WIDTH, device=device, dtype=dtype)
         rounds = GEMM_ROUNDS if device.type == "cuda" else 1
         F.linear(x, weight)
-        best = min(_seconds(lambda x=x, w=weight: F.linear(x, w), device) for _ in range(rounds))  # type: ignore[misc]
+        best = min(_seconds(partial(F.linear, x, weight), device) for _ in range(rounds))
         rates[str(dtype).removeprefix("torch.")] = 2 * GEMM_ROWS * WIDTH * INNER / best / 1e9
     return rates
 
