@@ -71,9 +71,9 @@ class ServerSettings(_Group):
 
 
 class EngineSettings(_Group):
-    workers: int = Field(0, ge=0, description="Threads that run batches; 0: one a core on a CPU, else one")
+    workers: int = Field(0, ge=0, description="Threads that run batches; 0: one a core on a CPU, else two a GPU")
     devices: tuple[str, ...] = Field(
-        (), description="Several GPUs (cuda:0, cuda:1): every model is loaded on each, with a worker of its own"
+        (), description="Several GPUs (cuda:0, cuda:1): every model is loaded on each, with workers of its own"
     )
     batch_tokens: int = Field(
         0, ge=0, description="Tokens of one batch as computed, context rows counted; 0: 1100 on a CPU, else 16384"
@@ -86,7 +86,8 @@ class EngineSettings(_Group):
     )
 
     def workers_on(self, device: str) -> int:
-        return self.workers or (cores() if device == "cpu" else 1)
+        """All of them. On a GPU one batch is prepared while another is computed."""
+        return self.workers or (cores() if device == "cpu" else 2 * max(1, len(self.devices)))
 
     def batch_tokens_on(self, device: str) -> int:
         return self.batch_tokens or (1100 if device == "cpu" else 16_384)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from app.domain import FloatArray, Payload, Stage
 from app.engine import metrics
 from app.engine.batching import Job
 from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
-from app.models.base import DeviceContext, TwoStageModel
+from app.models.base import DeviceContext, TwoStageModel, fetch
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class Replica:
         self._batch_tokens = batch_tokens
         self._good = 0
         self.device = next(iter(models.values())).spec.device if models else "cpu"
+        # A GPU is given one forward after the other: mixed, both would be done as late as the later one. While one
+        # worker waits for its vectors, another prepares its forward and launches it behind.
+        self._launching = nullcontext() if self.device == "cpu" else threading.Lock()
         self.last_failed = False
         metrics.BUDGET.labels(self.device).set(batch_tokens)
 
@@ -128,13 +132,14 @@ class Replica:
             metrics.PADDING.labels(stage).inc(max(job.cost for job in batch) * len(batch) - tokens)
         return vectors
 
-    @staticmethod
     def _stage(
-        model: TwoStageModel, stage: Stage, batch: Sequence[Job], contexts: Sequence[DeviceContext]
+        self, model: TwoStageModel, stage: Stage, batch: Sequence[Job], contexts: Sequence[DeviceContext]
     ) -> FloatArray:
         texts = [job.text for job in batch]
         run = model.first_stage if stage is Stage.FIRST else model.second_stage
-        return np.asarray(run(texts, contexts).cpu().numpy(), dtype=np.float32)
+        with self._launching:
+            vectors = fetch(run(texts, contexts))
+        return np.asarray(vectors(), dtype=np.float32)
 
     def _context(self, model_id: str, payload: Payload) -> DeviceContext:
         key = (model_id, payload.key)

@@ -5,14 +5,14 @@ Shapes, here and in the rest of `app/models`:
     C  context slots (corpus_size) D  hidden_size           H  attention heads        V  vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
+from app.domain import DATASET_EMBEDDINGS, Arrays, FloatArray, ModelSpec, TokenizedText
 
 DeviceContext = dict[str, Tensor]
 """A context's arrays on the device, ready for the forward."""
@@ -65,10 +65,32 @@ def check_arrays(model: TwoStageModel, arrays: Arrays) -> None:
             raise InvalidContext(f"{name} holds NaN or infinite values")
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU without waiting for what it still computes: by way of pinned memory, which the copy keeps alive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def fetch(result: Tensor) -> Callable[[], FloatArray]:
+    """Starts copying (B, D) float32 from where it was computed. What this returns waits for it, not for whatever was
+    launched behind it."""
+    if not result.is_cuda:
+        return result.numpy
+    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    host.copy_(result, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(result.device))
+
+    def wait() -> FloatArray:
+        arrived.synchronize()
+        return host.numpy().copy()  # pinned memory is for those to come
+
+    return wait
+
+
 def pad(texts: Sequence[TokenizedText], device: torch.device, pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids (B, S) int64 and mask (B, S) bool, padded on the right; a padded id never enters a result."""
     lengths = torch.tensor([len(text.input_ids) for text in texts])
     longest = int(lengths.max())
     rows = [list(text.input_ids) + [pad_id] * (longest - len(text.input_ids)) for text in texts]
     mask = torch.arange(longest)[None, :] < lengths[:, None]
-    return torch.tensor(rows).to(device), mask.to(device)
+    return to_device(torch.tensor(rows), device), to_device(mask, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
 from app.models.attention import Entered
-from app.models.base import DeviceContext, InvalidContext
+from app.models.base import DeviceContext, InvalidContext, to_device
 from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
 from app.models.layout import Layout, fill, mean_weights, packed
@@ -166,9 +166,7 @@ class ContextualModel:
         ids = torch.zeros(layout.wanted, dtype=torch.int64)
         for text, (start, stop) in zip(texts, layout.texts, strict=True):
             ids[start:stop] = torch.tensor(text.input_ids)
-        if self._device.type == "cuda":  # the copy runs beside what the device still computes
-            return ids.pin_memory().to(self._device, non_blocking=True)
-        return ids.to(self._device)
+        return to_device(ids, self._device)
 
     def _recorded_forward(self, batch: Batch, contexts: Entered) -> Tensor:
         """(N, D): the second stage as tensors alone; every length is in their contents."""
@@ -210,4 +208,4 @@ class ContextualModel:
 
     def _means(self, hidden: Tensor, layout: Layout, skipped: Sequence[int]) -> Tensor:
         """Of each text's rows of hidden (T', D), less the first `skipped`: (B, D) float32."""
-        return mean_weights(layout.texts, skipped, len(hidden)).to(self._device) @ hidden
+        return to_device(mean_weights(layout.texts, skipped, len(hidden)), self._device) @ hidden

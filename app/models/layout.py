@@ -10,6 +10,8 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
+from app.models.base import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -60,11 +62,11 @@ class Layout:
             start += segment.count * length
             wanted_start += segment.count * wanted
         positions = torch.cat([torch.arange(s.length).repeat(s.count) for s in segments])
-        asked = (positions >= prefix).nonzero().flatten().to(device) if prefix else None
+        asked = to_device((positions >= prefix).nonzero().flatten(), device) if prefix else None
         longest = max(segment.length for segment in segments)
         bounds = _bounds([s.length for s in segments for _ in range(s.count)], device)
         asked_bounds = _bounds([s.wanted for s in segments for _ in range(s.count)], device)
-        return cls(tuple(segments), positions.to(device), asked, longest, bounds, asked_bounds)
+        return cls(tuple(segments), to_device(positions, device), asked, longest, bounds, asked_bounds)
 
     @property
     def texts(self) -> Iterator[tuple[int, int]]:
@@ -102,7 +104,7 @@ def mean_weights(texts: Iterable[tuple[int, int]], skipped: Sequence[int], rows:
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
 
 
 def packed(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:

@@ -1,15 +1,18 @@
 """One device thread: isolation, halving, refusal, cancellation, draining."""
 
+import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from torch import Tensor
 
-from app.domain import Stage, TokenizedText
-from app.engine import metrics
+from app.domain import FloatArray, Stage, TokenizedText
+from app.engine import metrics, replica
 from app.engine.engine import Engine, EngineOptions
 from app.engine.replica import Exact
 from app.errors import NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown, TooManyTokens
@@ -55,6 +58,32 @@ def engine(model: StubModel) -> Iterator[Engine]:
     made = engine_of(model)
     yield made
     made.stop(5)
+
+
+def test_on_a_gpu_one_forward_is_launched_while_another_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    launching, both_wait = threading.Lock(), threading.Barrier(2)
+
+    def alone(_texts: Sequence[TokenizedText]) -> None:
+        assert launching.acquire(blocking=False)
+        time.sleep(0.02)
+        launching.release()
+
+    def slow(result: Tensor) -> Callable[[], FloatArray]:
+        def wait() -> FloatArray:
+            both_wait.wait(20)
+            return cast("FloatArray", result.numpy())
+
+        return wait
+
+    monkeypatch.setattr(replica, "fetch", slow)
+    model = StubModel(alone)
+    model.spec = dataclasses.replace(model.spec, device="cuda:0")
+    engine = engine_of(model, workers=2, batch_tokens=11)
+    texts = [text(i) for i in range(8)]
+    rows = engine.submit("stub", Stage.SECOND, texts, context(1.0)).result(30)
+    assert rows[:, 0].tolist() == list(range(8))
+    assert len(model.threads) == 2
+    engine.stop(5)
 
 
 def test_rows_in_order_under_their_own_context(engine: Engine, model: StubModel) -> None:

@@ -81,7 +81,8 @@ def test_allowed_without_keys_when_told() -> None:
 
 def test_the_engine_fits_the_device_unless_told() -> None:
     engine = Settings().engine
-    assert (engine.workers_on("cuda:0"), engine.batch_tokens_on("cuda:0")) == (1, 16_384)
+    assert (engine.workers_on("cuda:0"), engine.batch_tokens_on("cuda:0")) == (2, 16_384)
+    assert load_settings({"engine": {"devices": ["cuda:0", "cuda:1", "cuda:2"]}}).engine.workers_on("cuda:0") == 6
     assert engine.workers_on("cpu") >= 1
     told = load_settings({"engine": {"workers": 3, "batch_tokens": 7}}).engine
     assert (told.workers_on("cpu"), told.workers_on("cuda"), told.batch_tokens_on("cpu")) == (3, 3, 7)
