@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -92,8 +93,10 @@ class Comparison:
         documents, tokens = FIRST_STAGE
         texts = random_texts(self._family, [tokens] * documents)
         runs = self._in_batches(texts, lambda some: self._need_reference().first_stage(some))
-        ours = {v: _first(model, texts) for v, model in self._models.items()}
-        return self._rows(f"{self._family} first stage", tokens, len(texts), runs, ours, None)
+        ours = {v: first(model, texts) for v, model in self._models.items()}
+        return self._rows(
+            f"{self._family} first stage", tokens, count=len(texts), reference=runs, ours=ours, flops=None
+        )
 
     def _reference_second(self, texts: Sequence[TokenizedText]) -> list[Run]:
         return self._in_batches(texts, lambda some: self._need_reference().second_stage(some, self._dataset))
@@ -113,7 +116,7 @@ class Comparison:
         def batched(size: int) -> Tensor:
             return torch.cat([run(texts[i : i + size]) for i in range(0, len(texts), size)])
 
-        return [lambda size=size: batched(size) for size in BATCHES]  # type: ignore[misc]
+        return [partial(batched, size) for size in BATCHES]
 
     def _measured(
         self,
@@ -123,21 +126,28 @@ class Comparison:
         reference: Callable[[Sequence[TokenizedText]], list[Run]],
         flops: float,
     ) -> list[Row]:
-        ours = {v: _second(m, texts, self._contexts[v]) for v, m in self._models.items()}
-        return self._rows(model, n, len(texts), reference(texts), ours, flops)
+        ours = {v: second(m, texts, self._contexts[v]) for v, m in self._models.items()}
+        return self._rows(model, n, count=len(texts), reference=reference(texts), ours=ours, flops=flops)
 
     @torch.inference_mode()
-    def _rows(  # noqa: PLR0917
-        self, model: str, n: int | str, count: int, reference: list[Run], ours: Mapping[str, Run], flops: float | None
+    def _rows(
+        self,
+        model: str,
+        n: int | str,
+        *,
+        count: int,
+        reference: list[Run],
+        ours: Mapping[str, Run],
+        flops: float | None,
     ) -> list[Row]:
         runs: dict[str, Run] = {f"{REFERENCE} {i}": run for i, run in enumerate(reference)} | dict(ours)
         vectors = {name: F.normalize(run().double(), dim=1) for name, run in runs.items()}  # warms up too
-        seconds = _medians(runs, self._rounds)
+        seconds = medians(runs, self._rounds, _cpu_seconds)
         best = min((name for name in runs if name.startswith(REFERENCE)), key=seconds.__getitem__, default=None)
         rows = []
         for name in ([best] if best else []) + list(ours):
             variant = REFERENCE if name == best else name
-            exact = vectors[best] if best else None
+            max_abs_diff, one_minus_cos = differences(vectors[name], vectors[best] if best else None)
             rate = best_rate(self._rates, variant)
             rows.append(
                 Row(
@@ -146,8 +156,8 @@ class Comparison:
                     n=n,
                     cpu_ms_per_text=1000 * seconds[name] / count,
                     ratio=seconds[best] / seconds[name] if best else None,
-                    max_abs_diff=None if exact is None else float((vectors[name] - exact).abs().max()),
-                    one_minus_cos=None if exact is None else float(1 - (vectors[name] * exact).sum(dim=1).min()),
+                    max_abs_diff=max_abs_diff,
+                    one_minus_cos=one_minus_cos,
                     bound_fraction=fraction(flops, rate, seconds[name] / count) if variant != FROZEN else None,
                 )
             )
@@ -157,23 +167,35 @@ class Comparison:
 def _options(variant: str) -> LoadOptions:
     if variant == FROZEN:
         return LoadOptions(dtype="float32", device="cpu", context_attention="frozen")
-    return LoadOptions(dtype=variant, device="cpu")  # type: ignore[arg-type]
+    return LoadOptions(dtype=cast("Precision", variant), device="cpu")
 
 
-def _second(model: ContextualModel, texts: Sequence[TokenizedText], context: dict[str, Tensor]) -> Run:
-    return lambda: model.second_stage(texts, [context] * len(texts))
+def second(model: ContextualModel, texts: Sequence[TokenizedText], context: dict[str, Tensor]) -> Run:
+    return partial(model.second_stage, texts, [context] * len(texts))
 
 
-def _first(model: ContextualModel, texts: Sequence[TokenizedText]) -> Run:
-    return lambda: model.first_stage(texts, [{}] * len(texts))
+def first(model: ContextualModel, texts: Sequence[TokenizedText]) -> Run:
+    return partial(model.first_stage, texts, [{}] * len(texts))
 
 
-def _medians(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of this process, the runs taking turns."""
+def differences(vectors: Tensor, exact: Tensor | None) -> tuple[float, float] | tuple[None, None]:
+    """The largest one, and 1 - cos, of unit vectors (B, D) to the exact ones, if there are."""
+    if exact is None:
+        return None, None
+    return float((vectors - exact).abs().max()), float(1 - (vectors * exact).sum(dim=1).min())
+
+
+def medians(runs: Mapping[str, Run], rounds: int, seconds: Callable[[Run], float]) -> dict[str, float]:
+    """Of what `seconds` gives for each, the runs taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            started = time.process_time()
-            run()
-            taken[name].append(time.process_time() - started)
+            taken[name].append(seconds(run))
     return {name: median(times) for name, times in taken.items()}
+
+
+def _cpu_seconds(run: Run) -> float:
+    """Of all threads of this process."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from app.bench.bound import INNER, WIDTH, best_rate, fraction, machine, second_stage_flops
-from app.bench.compute import FIRST_STAGE, FROZEN, MIXED, REFERENCE
+from app.bench.compute import FIRST_STAGE, FROZEN, MIXED, REFERENCE, Run, differences, first, medians, second
 from app.bench.models import Checkpoint, load_checkpoint, random_texts
 from app.bench.reference import Reference
-from app.domain import DATASET_EMBEDDINGS, TokenizedText
+from app.domain import DATASET_EMBEDDINGS
 from app.models.contextual import ContextualModel, Semantics
 from app.models.loading import LoadOptions
 from app.models.tuning import fastest
@@ -52,10 +51,10 @@ class GpuRow:
 class GpuComparison:
     """A checkpoint in several variants on one device, all in `hub` semantics, as in compute.Comparison."""
 
-    def __init__(self, checkpoint: Checkpoint, variants: Sequence[str], *, device: str, rounds: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, variants: Sequence[str], *, device: torch.device, rounds: int) -> None:
         """Raises ConfigError where the reference is asked for and transformers is missing."""
         self._family = checkpoint.family
-        self._device = torch.device(device)
+        self._device = device
         self._rounds = rounds
         self._rates = device_rates(self._device)
         self._dataset = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -89,59 +88,60 @@ class GpuComparison:
         """`batch` documents of equal length."""
         tokens = FIRST_STAGE[1]
         texts = random_texts(self._family, [tokens] * batch)
-        ours = {name: partial(model.first_stage, texts, [{}] * batch) for name, model in self._models.items()}
-        return self._rows(f"{self._family} first stage", tokens, texts, lambda r: r.first_stage(texts), ours, None)
+        ours = {name: first(model, texts) for name, model in self._models.items()}
+
+        def reference(model: Reference) -> Tensor:
+            return model.first_stage(texts)
+
+        return self._rows(
+            f"{self._family} first stage", tokens, count=batch, reference=reference, ours=ours, flops=None
+        )
 
     def _measured(self, n: int | str, lengths: list[int], flops: float) -> list[GpuRow]:
         texts = random_texts(self._family, lengths, seed=len(lengths))
-        ours = {
-            name: partial(model.second_stage, texts, [self._contexts[name]] * len(texts))
-            for name, model in self._models.items()
-        }
-        return self._rows(self._family, n, texts, lambda r: r.second_stage(texts, self._dataset), ours, flops)
+        ours = {name: second(model, texts, self._contexts[name]) for name, model in self._models.items()}
+
+        def reference(model: Reference) -> Tensor:
+            return model.second_stage(texts, self._dataset)
+
+        return self._rows(self._family, n, count=len(texts), reference=reference, ours=ours, flops=flops)
 
     @torch.inference_mode()
-    def _rows(  # noqa: PLR0917
+    def _rows(
         self,
         model: str,
         n: int | str,
-        texts: Sequence[TokenizedText],
+        *,
+        count: int,
         reference: Callable[[Reference], Tensor],
-        ours: Mapping[str, Callable[[], Tensor]],
+        ours: Mapping[str, Run],
         flops: float | None,
     ) -> list[GpuRow]:
         plain = {} if self._reference is None else {REFERENCE: partial(reference, self._reference)}
-        runs: dict[str, Callable[[], Tensor]] = plain | dict(ours)
+        runs: dict[str, Run] = plain | dict(ours)
         exact = None if self._exact is None else F.normalize(reference(self._exact).double(), dim=1)
         vectors = {name: [F.normalize(run().double(), dim=1) for _ in range(WARM_UP)][-1] for name, run in runs.items()}
-        seconds = self._medians(runs)
+        seconds = medians(runs, self._rounds, partial(_seconds, device=self._device))
         rows = []
         for name, taken in seconds.items():
             rate = best_rate(self._rates, name.partition("-")[0])
-            each = taken / len(texts)
+            each = taken / count
+            max_abs_diff, one_minus_cos = differences(vectors[name], exact)
             rows.append(
                 GpuRow(
                     model=model,
                     variant=name,
                     n=n,
-                    batch=len(texts),
+                    batch=count,
                     ms_per_text=1000 * each,
                     texts_per_second=1 / each,
                     ratio=seconds[REFERENCE] / taken if REFERENCE in seconds else None,
-                    max_abs_diff=None if exact is None else float((vectors[name] - exact).abs().max()),
-                    one_minus_cos=None if exact is None else float(1 - (vectors[name] * exact).sum(dim=1).min()),
+                    max_abs_diff=max_abs_diff,
+                    one_minus_cos=one_minus_cos,
                     bound_fraction=fraction(flops, rate, each) if name not in (FROZEN, REFERENCE) else None,
                 )
             )
         return rows
-
-    def _medians(self, runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
-        """Median seconds until the device is done, the runs taking turns."""
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(self._rounds):
-            for name, run in runs.items():
-                taken[name].append(_seconds(run, self._device))
-        return {name: median(times) for name, times in taken.items()}
 
 
 @torch.inference_mode()

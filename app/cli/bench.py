@@ -16,7 +16,7 @@ from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.options import RevisionOption, messages
-from app.models.loading import check_device
+from app.models.loading import LoadOptions, check_device
 
 bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
 
@@ -79,7 +79,8 @@ def gpu(
     """Compare variants of the forward on a GPU: time until the device is done, by texts of a batch."""
     wanted = _variants(variants, GPU_VARIANTS)
     check_device(device)
-    comparison = GpuComparison(_checkpoint(random, model, revision), wanted, device=device, rounds=rounds)
+    found = LoadOptions(device=device).resolved_device()
+    comparison = GpuComparison(_checkpoint(random, model, revision), wanted, device=found, rounds=rounds)
     rows: list[GpuRow] = []
     for batch in map(int, batches.split(",")):
         for n in map(int, lengths.split(",")):

@@ -93,13 +93,14 @@ class Attention(nn.Module):
         """Rows (T, D), the rotations of their positions (T, 2, 1, d/2); `wanted`: which of them ask, where split."""
         if self.Wq is None:
             qkv = self._heads(self.Wqkv(self.Wqkv.operand(x)), 3)
-            q, k = rotate(qkv[:, :2], turns, self.kernels).unbind(1)
+            q, k = rotate(qkv[:, :2], turns, self.kernels.pointwise).unbind(1)
             return Projected(q, k, qkv[:, 2])
         kv = self._heads(self.Wqkv(self.Wqkv.operand(x)), 2)
         asking, turns_of_asking = (x, turns) if wanted is None else (x[wanted], turns[wanted])
         q = self._heads(self.Wq(self.Wq.operand(asking)), 1)
-        q, k = rotate(q, turns_of_asking[:, :1], self.kernels), rotate(kv[:, :1], turns[:, 1:], self.kernels)
-        return Projected(q[:, 0], k[:, 0], kv[:, 1])
+        q = rotate(q, turns_of_asking[:, :1], self.kernels.pointwise)[:, 0]
+        k = rotate(kv[:, :1], turns[:, 1:], self.kernels.pointwise)[:, 0]
+        return Projected(q, k, kv[:, 1])
 
     def forward(self, projected: Projected, layout: Layout) -> Tensor:
         """(T', D): what each query sees, before the output projection."""

@@ -78,6 +78,7 @@ class Dense(nn.Module):
         super().__init__()
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(outputs, inputs))
         self.linear: Linear | None = None
+        self.pointwise: PointwiseKernel = "torch"
 
     @classmethod
     def of(cls, weight: Tensor, kernels: Kernels) -> "Dense":
@@ -91,6 +92,7 @@ class Dense(nn.Module):
     def prepare(self, kernels: Kernels) -> None:
         """Packs the weight and lets go of the loaded one."""
         self.linear, self.weight = prepare_linear(self.take(), kernels), None
+        self.pointwise = kernels.pointwise
 
     def take(self) -> Tensor:
         """The loaded weight, for whoever packs it in another shape; this layer no longer has it then."""

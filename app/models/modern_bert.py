@@ -67,9 +67,9 @@ class GeGLU(nn.Module):
         self.activated, self.gate = Dense.of(activated, kernels), Dense.of(gate, kernels)
         self.Wo.prepare(kernels)
 
-    def forward(self, x: Tensor, rows: Tensor, kernels: Kernels) -> Sum:
+    def forward(self, x: Tensor, rows: Tensor) -> Sum:
         """x: the residual stream; rows: normed."""
-        return onto(x, self.Wo, gated(self.activated, self.gate, rows, "gelu", kernels), kernels)
+        return onto(x, self.Wo, gated(self.activated, self.gate, rows, "gelu"))
 
 
 class ModernBlock(Block):
@@ -89,9 +89,8 @@ class ModernBlock(Block):
         self.mlp.prepare(kernels)
 
     def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:
-        kernels = self.attn.kernels
-        x, rows = self.mlp_norm.pre(onto(x, self.attn.Wo, self.attn(projected, layout), kernels))
-        return self.mlp(x, rows, kernels)
+        x, rows = self.mlp_norm.pre(onto(x, self.attn.Wo, self.attn(projected, layout)))
+        return self.mlp(x, rows)
 
 
 class Embeddings(nn.Module):
@@ -134,4 +133,4 @@ class ModernBert(Transformer):
 
 
 def _norm(config: ModernBertConfig) -> Norm:
-    return Norm(config.hidden_size, config.norm_eps, bias=False)
+    return Norm(config.hidden_size, eps=config.norm_eps, bias=False)

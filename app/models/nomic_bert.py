@@ -76,9 +76,9 @@ class SwiGLU(nn.Module):
         self.fc12 = Dense(hidden_size, inner)
         self.fc2 = Dense(inner, hidden_size)
 
-    def forward(self, x: Tensor, rows: Tensor, kernels: Kernels) -> Sum:
+    def forward(self, x: Tensor, rows: Tensor) -> Sum:
         """rows: x in what the products take."""
-        return onto(x, self.fc2, gated(self.fc12, self.fc11, rows, "silu", kernels), kernels)
+        return onto(x, self.fc2, gated(self.fc12, self.fc11, rows, "silu"))
 
 
 class NomicBlock(Block):
@@ -88,8 +88,8 @@ class NomicBlock(Block):
         super().__init__()
         self.attn = SelfAttention(config)
         self.mlp = SwiGLU(config.n_embd, config.n_inner)
-        self.norm1 = Norm(config.n_embd, config.layer_norm_epsilon)
-        self.norm2 = Norm(config.n_embd, config.layer_norm_epsilon)
+        self.norm1 = Norm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.norm2 = Norm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def prepare(self, kernels: Kernels, *, last: bool) -> None:
         self.attn.prepare(kernels, split=last)
@@ -97,9 +97,8 @@ class NomicBlock(Block):
             dense.prepare(kernels)
 
     def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:
-        kernels = self.attn.kernels
-        x, rows = self.norm1.post(onto(x, self.attn.out_proj, self.attn(projected, layout), kernels))
-        return self.mlp(x, rows, kernels)
+        x, rows = self.norm1.post(onto(x, self.attn.out_proj, self.attn(projected, layout)))
+        return self.mlp(x, rows)
 
 
 class Embeddings(nn.Module):

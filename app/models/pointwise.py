@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from app.models.kernels import Dense, Kernels, Operand
+from app.models.kernels import Dense, PointwiseKernel
 
 
 class Sum(NamedTuple):
@@ -32,13 +32,6 @@ class Normed(NamedTuple):
 class Norm(nn.LayerNorm):
     """The norm of a residual stream. `forward` is the plain one of given rows."""
 
-    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
-        super().__init__(size, eps=eps, bias=bias)
-        self.kernels = Kernels()
-
-    def prepare(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-
     def pre(self, s: Sum) -> Normed:
         """The stream goes on as it is."""
         return self._normed(s, post=False)
@@ -51,27 +44,27 @@ class Norm(nn.LayerNorm):
         if s.plus is None:
             rows = self(s.x)
             return Normed(rows if post else s.x, rows)
-        return Normed(*triton_kernels().add_norm(s.x, s.plus, self, self.kernels.compute, post=post))
+        return Normed(*triton_kernels().add_norm(s.x, s.plus, self, post=post))
 
 
-def onto(x: Tensor, dense: Dense, rows: Tensor, kernels: Kernels) -> Sum:
+def onto(x: Tensor, dense: Dense, rows: Tensor) -> Sum:
     """x (T, D) float32 + dense(rows)."""
     operand = dense.operand(rows)
-    return Sum(x, dense(operand)) if kernels.pointwise == "triton" else Sum(dense(operand, plus=x))
+    return Sum(x, dense(operand)) if dense.pointwise == "triton" else Sum(dense(operand, plus=x))
 
 
-def gated(activated: Dense, gate: Dense, rows: Tensor, activation: Literal["silu", "gelu"], kernels: Kernels) -> Tensor:
+def gated(activated: Dense, gate: Dense, rows: Tensor, activation: Literal["silu", "gelu"]) -> Tensor:
     """activation(activated(rows)) * gate(rows): (T, N) of rows (T, D)."""
-    operand: Operand = gate.operand(rows)
-    if kernels.pointwise == "torch":
+    operand = gate.operand(rows)
+    if gate.pointwise == "torch":
         return gate(operand, times=activated(operand, activation=activation))
     return triton_kernels().gate(activated(operand), gate(operand), activation)
 
 
-def rotate(x: Tensor, turns: Tensor, kernels: Kernels) -> Tensor:
+def rotate(x: Tensor, turns: Tensor, pointwise: PointwiseKernel) -> Tensor:
     """x (T, parts, H, d), fresh from a product, times turns (T, parts, 1, d/2), complex. Neighbours are a pair; for
     Triton, an element of a head's first half and one of its second."""
-    if kernels.pointwise == "triton":
+    if pointwise == "triton":
         return triton_kernels().rotate(x, turns)
     pairs = x.float().view(*x.shape[:-1], -1, 2)
     torch.view_as_complex(pairs).mul_(turns)

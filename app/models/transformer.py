@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from app.models.attention import Attention, Entered, Projected, turns_of
 from app.models.kernels import Kernels
 from app.models.layout import Layout
-from app.models.pointwise import Norm, Normed, Sum
+from app.models.pointwise import Normed, Sum
 
 
 class Block(nn.Module, ABC):
@@ -60,9 +60,6 @@ class Transformer(nn.Module, ABC):
 
     def prepare(self, kernels: Kernels) -> None:
         """Packs the weights; once, before the first forward."""
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.prepare(kernels)
         for block in self.blocks:
             block.prepare(kernels, last=block is self.blocks[-1])
 

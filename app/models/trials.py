@@ -87,7 +87,7 @@ def _pointwise(kernels: Kernels, device: torch.device) -> Iterator[Compared]:
         norm = nn.LayerNorm(WIDTH, bias=bias).to(device)
         for parameter in norm.parameters():
             parameter.copy_(some(WIDTH))
-        stream, normed = ours.add_norm(x, plus, norm, kernels.compute, post=post)
+        stream, normed = ours.add_norm(x, plus, norm, post=post)
         yield Compared("residual stream", stream, norm(x + plus) if post else x + plus)
         yield Compared("norm", normed, norm(x + plus))
 

@@ -1,6 +1,6 @@
 """What comes between the products, on a GPU: one pass over memory each, where eager operations take three to seven.
 
-Plain forms of the same are in pointwise.py and attention.py. All sums are in float32, whatever is read and written.
+Plain forms of the same are in pointwise.py. All sums are in float32, whatever is read and written.
 Triton compiles a kernel at its first use, and needs a C compiler for that (once: what it makes is kept in its cache).
 Only imported where these kernels are to run: TRITON_INTERPRET=1 before that, and they run on a CPU, slowly.
 
@@ -75,12 +75,10 @@ def gate(activated: Tensor, gate: Tensor, activation: Literal["silu", "gelu"]) -
     return gate
 
 
-def add_norm(
-    x: Tensor, plus: Tensor, norm: torch.nn.LayerNorm, dtype: torch.dtype, *, post: bool
-) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, plus: Tensor, norm: torch.nn.LayerNorm, *, post: bool) -> tuple[Tensor, Tensor]:
     """x (T, D) float32 and plus (T, D) -> the residual stream, (T, D) float32: their sum, or with `post` its norm; and
-    the norm in `dtype`, for the products that follow."""
-    stream, rows = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    the norm in plus's dtype, for the products that follow."""
+    stream, rows = torch.empty_like(x), torch.empty_like(plus)
     columns, bias = x.shape[1], norm.bias
     size = triton.next_power_of_2(columns)
     with _on(x):

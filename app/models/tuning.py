@@ -7,7 +7,7 @@ that whatever else the machine does meets all of them.
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import TypeVar
 
@@ -59,7 +59,7 @@ def _fastest_linear(precision: Precision) -> Kernels:
     for kernels in candidates:
         dense = Dense.of(weight, kernels)
         rows = dense.operand(x)
-        runs[kernels] = lambda dense=dense, rows=rows: dense(rows)  # type: ignore[misc]
+        runs[kernels] = partial(dense, rows)
     seconds = least_seconds(runs)
 
     def adjusted(k: Kernels) -> float:
@@ -73,8 +73,7 @@ def _fastest_attention(linear: Kernels) -> Kernels:
     candidates = [Kernels(linear.precision, linear.linear, attention, linear.compute) for attention in attentions]
     qkv = torch.rand(3, 1, ROWS, HEADS, WIDTH // HEADS).to(linear.compute)
     q, k, v = qkv.transpose(2, 3)  # (B, H, S, d), in the memory order of a projection
-    runs: dict[Kernels, Callable[[], object]] = {c: lambda c=c: attend(c, q, k, v, None) for c in candidates}  # type: ignore[misc]
-    seconds = least_seconds(runs)
+    seconds = least_seconds({c: partial(attend, c, q, k, v, None) for c in candidates})
     return min(candidates, key=lambda c: seconds[c])
 
 

@@ -48,7 +48,7 @@ def test_variants_are_compared_to_the_reference(family: Family) -> None:
 def test_variants_on_a_device() -> None:
     """On the CPU, where no graph is recorded."""
     variants = ["reference", "float32", "bfloat16", "bfloat16-no-varlen", "frozen"]
-    comparison = GpuComparison(random_checkpoint("v1", layers=2), variants, device="cpu", rounds=1)
+    comparison = GpuComparison(random_checkpoint("v1", layers=2), variants, device=torch.device("cpu"), rounds=1)
     rows = comparison.second_stage(8, batch=2)
     assert [(row.variant, row.batch) for row in rows] == [(variant, 2) for variant in variants]
     reference, exact, rounded, _, frozen = rows

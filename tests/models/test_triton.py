@@ -86,7 +86,7 @@ def test_sums_and_norms(
         parameter.normal_()
     x, plus = torch.randn(rows, width) + 3, torch.randn(rows, width).to(dtype)
     before = x.clone()
-    stream, rows_ = interpreted.add_norm(x, plus, norm, dtype, post=post)
+    stream, rows_ = interpreted.add_norm(x, plus, norm, post=post)
     normed = norm(x + plus.float())
     torch.testing.assert_close(stream, normed if post else x + plus.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rows_.float(), normed, rtol=2**-7, atol=1e-4)
