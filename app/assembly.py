@@ -152,7 +152,7 @@ def _load(settings: ModelSettings, device: str | None = None) -> ServedModel:
     loaded = load_model(settings.name, options_of(settings, device))
     spec = loaded.model.spec
     log.info(
-        "%s from %s: %s, %s, %s on %s, %.1f s",
+        "loaded %s from %s: family %s, semantics %s, %s on %s, in %.1f s",
         spec.id,
         spec.source,
         spec.family,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from app.bench.models import Family
-from app.models.kernels import Dense, Kernels, Precision, has_onednn
+from app.models.kernels import Dense, Kernels
+from app.models.tuning import onednn
 
 CONTEXT_ROWS, WIDTH = 520, 768
 ROWS, INNER, ROUNDS = 1056, 3072, 7
@@ -21,8 +22,8 @@ def gemm_rates() -> dict[str, float]:
     x, weight = torch.rand(ROWS, WIDTH), torch.rand(INNER, WIDTH)
     runs: dict[str, Callable[[], object]] = {"float32 plain": lambda: torch.mm(x, weight.T)}
     for precision in ("float32", "bfloat16", "int8"):
-        if has_onednn(precision):
-            runs[precision] = _packed(x, weight, precision)
+        if kernels := onednn(precision, torch.bfloat16 if precision == "bfloat16" else torch.float32):
+            runs[precision] = _packed(x, weight, kernels)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -39,9 +40,8 @@ def best_rate(rates: Mapping[str, float], variant: str) -> float:
     return max(rates[name] for name in allowed if name in rates)
 
 
-def _packed(x: torch.Tensor, weight: torch.Tensor, precision: Precision) -> Callable[[], object]:
-    compute = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    dense = Dense.of(weight, Kernels(precision, "onednn", compute=compute))
+def _packed(x: torch.Tensor, weight: torch.Tensor, kernels: Kernels) -> Callable[[], object]:
+    dense = Dense.of(weight, kernels)
     rows = dense.operand(x)
     return lambda: dense(rows)
 

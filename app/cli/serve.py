@@ -27,7 +27,7 @@ def serve(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the Hub")] = None,
     semantics: Annotated[str | None, typer.Option(help="training or hub")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, or int8 on a CPU")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
     port: Annotated[int | None, typer.Option(help="0: any free port")] = None,

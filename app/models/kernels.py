@@ -2,12 +2,12 @@
 
 `mkldnn::_linear_pointwise` runs on a weight reordered once into oneDNN's blocked layout, with an activation, a product
 or a sum in the same pass; `onednn::qlinear_pointwise` does so in int8. torch.compile's CPU backend emits the same calls
-(torch/_inductor/mkldnn_lowerings.py). They are private: torch is pinned, and without them the plain path is taken.
+(torch/_inductor/mkldnn_lowerings.py). They are private, and what they can do depends on the CPU: `trials` tries them
+before they are used.
 
 T rows, K inputs, N outputs of a layer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -21,6 +21,8 @@ AttentionKernel = Literal["sdpa", "bmm", "linear", "varlen"]
 PointwiseKernel = Literal["torch", "triton"]
 Activation = Literal["none", "silu", "gelu"]
 ZERO_POINT = 128
+PAIR = 127.4
+"""Two neighbouring weights of one sign add up to so much at most; rounded to 128, and 255 * 128 is an int16."""
 ONEDNN_ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
 
 
@@ -40,17 +42,18 @@ class Kernels:
     few shapes all stay compiled, of every length there is they take tens of milliseconds a forward, and a gigabyte."""
     pointwise: PointwiseKernel = "torch"
     """What comes between products: gates, rotations, sums and norms."""
+    int16_pairs: bool = False
+    """int8 weights are made small enough for CPUs without VNNI, which add up the products of two neighbouring inputs in
+    int16 and cut off what does not fit (oneDNN, "Nuances of int8 computations")."""
+
+    def __str__(self) -> str:
+        computed = "int8" if self.precision == "int8" else str(self.compute).removeprefix("torch.")
+        sums = " with sums of pairs in int16" if self.int16_pairs else ""
+        return f"{self.linear} products in {computed}{sums}, {self.attention} attention, {self.pointwise} in between"
 
     def __post_init__(self) -> None:
         if self.attention == "varlen" and self.row_multiple > 1:
             raise ValueError("attention over packed rows takes no filler")
-
-
-def has_onednn(precision: Precision) -> bool:
-    """Whether this torch has the ops that `precision` needs."""
-    names = ("qlinear_prepack", "qlinear_pointwise") if precision == "int8" else ("_linear_pointwise",)
-    namespace = torch.ops.onednn if precision == "int8" else torch.ops.mkldnn
-    return torch._C._has_mkldnn and all(hasattr(namespace, name) for name in names)
 
 
 class Quantized(NamedTuple):
@@ -58,6 +61,10 @@ class Quantized(NamedTuple):
 
     values: Tensor
     scales: Tensor
+
+    def dequantized(self) -> Tensor:
+        """(T, K) float32."""
+        return (self.values.float() - ZERO_POINT) * self.scales
 
 
 Operand = Tensor | Quantized
@@ -118,8 +125,8 @@ class Dense(nn.Module):
 def prepare_linear(weight: Tensor, kernels: Kernels) -> Linear:
     """weight (N, K) -> its kernel. The result shares no memory with `weight`, except for a plain float32 one."""
     if kernels.precision == "int8":
-        packed: Callable[[Tensor], Linear] = OnednnInt8Linear if kernels.linear == "onednn" else TorchInt8Linear
-        return packed(weight.float())
+        weight = weight.float()
+        return OnednnInt8Linear(weight, kernels.int16_pairs) if kernels.linear == "onednn" else TorchInt8Linear(weight)
     if kernels.precision == "bfloat16":
         weight = weight.to(torch.bfloat16)
     weight = weight.to(kernels.compute)
@@ -175,8 +182,8 @@ class TorchInt8Linear:
 class OnednnInt8Linear:
     """int8 weights, one scale an output; rows quantised as they come; float32 out."""
 
-    def __init__(self, weight: Tensor) -> None:
-        values, self._scales = quantize_weight(weight)
+    def __init__(self, weight: Tensor, int16_pairs: bool) -> None:
+        values, self._scales = quantize_weight(weight, int16_pairs=int16_pairs)
         self._weight = torch.ops.onednn.qlinear_prepack(values, None)
         self._zero_points = torch.zeros(len(weight), dtype=torch.int64)
 
@@ -195,9 +202,14 @@ class OnednnInt8Linear:
         return finish(y.mul_(x.scales), activation, times, plus)
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, *, int16_pairs: bool = False) -> tuple[Tensor, Tensor]:
     """(N, K) float32 -> (N, K) int8, symmetric, and (N,) float32 scales, one an output."""
-    scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    scales = weight.abs().amax(dim=1) / 127
+    if int16_pairs:
+        pairs = F.pad(weight, (0, weight.shape[1] % 2)).reshape(len(weight), -1, 2)
+        sums = torch.maximum(pairs.clamp_min(0).sum(dim=2), -pairs.clamp_max(0).sum(dim=2))
+        scales = torch.maximum(scales, sums.amax(dim=1) / PAIR)
+    scales.clamp_min_(torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 

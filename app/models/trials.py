@@ -1,10 +1,11 @@
-"""Kernels for GPUs, tried on the device itself before they are used: they depend on its generation, on torch's build,
-and some on a compiler. What does not run or is not right is left out, with a warning.
+"""Kernels, tried on the device itself before they are used: they depend on its generation, on torch's build, and some
+on a compiler. What does not run or is not right is left out, and the log says so.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.models.attention import Attention, Projected, rotations
-from app.models.kernels import Kernels
+from app.models.kernels import Activation, Dense, Kernels, Quantized, finish, quantize_weight
 from app.models.layout import Layout
 from app.models.pointwise import triton_kernels
 
@@ -20,12 +21,22 @@ log = logging.getLogger(__name__)
 
 WIDTH, INNER, HEADS = 768, 3072, 12  # of both models, but for the second one's inner size
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+CPU = torch.device("cpu")
 
 
 class Compared(NamedTuple):
     name: str
     ours: Tensor
     plain: Tensor
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode()
+def product_is_right(kernels: Kernels) -> bool:
+    """Whether matrix products on these kernels run on this CPU and give what plain ones give. What they lack is a
+    matter of its generation, and no cause for concern: bfloat16 takes AVX-512, int8 in full takes VNNI."""
+    what = f"oneDNN's {kernels.precision} product" + (" with sums of pairs in int16" if kernels.int16_pairs else "")
+    return _is_right(what, CPU, kernels, _multiplied(kernels), level=logging.INFO)
 
 
 @torch.inference_mode()
@@ -40,19 +51,56 @@ def pointwise_is_right(kernels: Kernels, device: torch.device) -> bool:
     return _is_right("Triton", device, kernels, _pointwise(kernels, device))
 
 
-def _is_right(what: str, device: torch.device, kernels: Kernels, compared: Iterator[Compared]) -> bool:
+def _is_right(
+    what: str, device: torch.device, kernels: Kernels, compared: Iterator[Compared], level: int = logging.WARNING
+) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         return False
     tolerance = TOLERANCE[kernels.compute]
     try:
         for name, ours, plain in compared:
             if not torch.allclose(ours.float(), plain.float(), atol=tolerance, rtol=tolerance):
-                log.warning("%s is not right on %s (%s): the plain one is used", what, device, name)
+                log.log(level, "%s is not right on %s (%s): another is used", what, device, name)
                 return False
     except Exception as error:  # noqa: BLE001 - no package, compiler or folder to write to, an unknown device: all sorts
-        log.warning("%s does not run on %s, the plain one is used: %s: %s", what, device, type(error).__name__, error)
+        log.log(level, "%s does not run on %s, another is used: %s: %s", what, device, type(error).__name__, error)
         return False
     return True
+
+
+def _multiplied(kernels: Kernels) -> Iterator[Compared]:
+    generator, rows = torch.Generator().manual_seed(0), 40
+    x, weight = torch.randn(rows, WIDTH, generator=generator), torch.randn(WIDTH, WIDTH, generator=generator)
+    times, plus = torch.randn(2, rows, WIDTH, generator=generator).to(kernels.compute)
+    fused: tuple[tuple[Activation, Tensor | None, Tensor | None], ...] = (
+        ("none", None, None),
+        ("none", times, None),
+        ("none", None, plus),
+        ("silu", None, None),
+        ("gelu", None, None),
+    )
+    weight *= WIDTH**-0.5
+    ones = torch.ones_like(weight)
+    # Rows of nothing but their greatest value show whether int8's sums are cut off.
+    for name, given, factor in (
+        ("random", x, weight),
+        ("greatest rows", ones[:rows], weight),
+        ("ones", ones[:rows], ones),
+    ):
+        dense = Dense.of(factor, kernels)
+        operand = dense.operand(given)
+        seen = operand.dequantized() if isinstance(operand, Quantized) else operand.float()
+        rounded = _rounded(factor, kernels)
+        for activation, by, add in fused:
+            plain = finish(F.linear(seen, rounded), activation, by, add)
+            yield Compared(f"{name}, activation {activation}", dense(operand, activation, by, add), plain)
+
+
+def _rounded(weight: Tensor, kernels: Kernels) -> Tensor:
+    if kernels.precision == "int8":
+        values, scales = quantize_weight(weight, int16_pairs=kernels.int16_pairs)
+        return values * scales[:, None]
+    return weight.to(torch.bfloat16).float() if kernels.precision == "bfloat16" else weight
 
 
 def _attended(kernels: Kernels, device: torch.device) -> Iterator[Compared]:

@@ -4,18 +4,20 @@ One product and one attention of the models' own shapes; the least CPU time of a
 that whatever else the machine does meets all of them.
 """
 
+import logging
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import product
 from typing import TypeVar
 
 import torch
 
 from app.models.attention import attend
-from app.models.kernels import AttentionKernel, Dense, Kernels, LinearKernel, Precision, has_onednn
-from app.models.trials import HEADS, INNER, WIDTH, attention_is_right, pointwise_is_right
+from app.models.kernels import AttentionKernel, Dense, Kernels, Precision
+from app.models.trials import HEADS, INNER, WIDTH, attention_is_right, pointwise_is_right, product_is_right
+
+log = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 ROWS = 528  # a context with a short text
@@ -34,11 +36,15 @@ SLOWER = 0.9
 def fastest(precision: Precision, device: torch.device) -> Kernels:
     """The kernels for `precision` on `device`; elsewhere than on CPUs, those made for GPUs where they are right."""
     if device.type != "cpu":
-        return _of_gpu(Kernels(precision, compute=torch.bfloat16 if precision == "bfloat16" else torch.float32), device)
-    found = _fastest_attention(_fastest_linear(precision))
-    # oneDNN compiles a kernel for every shape, MKL does not.
-    compiles = found.linear == "onednn" or found.attention != "sdpa" or found.compute is not torch.float32
-    return replace(found, row_multiple=FILLED_ROWS) if compiles else found
+        plain = Kernels(precision, compute=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        found = _of_gpu(plain, device)
+    else:
+        found = _fastest_attention(_fastest_linear(precision))
+        # oneDNN compiles a kernel for every shape, MKL does not.
+        compiles = found.linear == "onednn" or found.attention != "sdpa" or found.compute is not torch.float32
+        found = replace(found, row_multiple=FILLED_ROWS) if compiles else found
+    log.info("kernels for %s on %s: %s", precision, device, found)
+    return found
 
 
 def _of_gpu(plain: Kernels, device: torch.device) -> Kernels:
@@ -50,10 +56,19 @@ def _of_gpu(plain: Kernels, device: torch.device) -> Kernels:
     )
 
 
+def onednn(precision: Precision, compute: torch.dtype) -> Kernels | None:
+    """oneDNN's products, if they run and are right on this CPU."""
+    for int16_pairs in (False, True) if precision == "int8" else (False,):
+        kernels = Kernels(precision, "onednn", compute=compute, int16_pairs=int16_pairs)
+        if product_is_right(kernels):
+            return kernels
+    return None
+
+
 def _fastest_linear(precision: Precision) -> Kernels:
     computes = (torch.bfloat16, torch.float32) if precision == "bfloat16" else (torch.float32,)
-    linears: tuple[LinearKernel, ...] = ("torch", "onednn") if has_onednn(precision) else ("torch",)
-    candidates = [Kernels(precision, linear, compute=c) for c, linear in product(computes, linears)]
+    candidates = [Kernels(precision, compute=compute) for compute in computes]
+    candidates += [packed for compute in computes if (packed := onednn(precision, compute))]
     x, weight = torch.rand(ROWS, WIDTH), torch.rand(INNER, WIDTH)
     runs: dict[Kernels, Callable[[], object]] = {}
     for kernels in candidates:
@@ -69,8 +84,10 @@ def _fastest_linear(precision: Precision) -> Kernels:
 
 
 def _fastest_attention(linear: Kernels) -> Kernels:
-    attentions: tuple[AttentionKernel, ...] = ("sdpa", "bmm", "linear") if has_onednn("float32") else ("sdpa", "bmm")
-    candidates = [Kernels(linear.precision, linear.linear, attention, linear.compute) for attention in attentions]
+    attentions: list[AttentionKernel] = ["sdpa", "bmm"]
+    if onednn("bfloat16" if linear.compute is torch.bfloat16 else "float32", linear.compute):
+        attentions.append("linear")
+    candidates = [replace(linear, attention=attention) for attention in attentions]
     qkv = torch.rand(3, 1, ROWS, HEADS, WIDTH // HEADS).to(linear.compute)
     q, k, v = qkv.transpose(2, 3)  # (B, H, S, d), in the memory order of a projection
     seconds = least_seconds({c: partial(attend, c, q, k, v, None) for c in candidates})

@@ -9,13 +9,14 @@ from app.bench.models import Family, load_checkpoint, random_texts
 from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS, FloatArray
 from app.models.contextual import Semantics
-from app.models.kernels import Kernels, has_onednn
+from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
+from app.models.tuning import onednn
 from app.vectors import normalized
 from tests.models.conftest import arrays_of, embed, golden_texts, load_golden, random_weights, reference_of, tokenized
 
 LENGTHS = [9, 70, 9]
-KERNELS = [Kernels(), *([Kernels(linear="onednn", attention="linear")] if has_onednn("float32") else [])]
+KERNELS = [Kernels(), *([Kernels(linear="onednn", attention="linear")] if onednn("float32", torch.float32) else [])]
 CONTEXT, SOFT = 512, 8
 
 

@@ -15,16 +15,16 @@ from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS, FloatArray
 from app.goldens import Goldens
 from app.models.contextual import ContextualModel, Semantics
-from app.models.kernels import AttentionKernel, Kernels, Precision, has_onednn
+from app.models.kernels import AttentionKernel, Kernels, Precision
 from app.models.loading import LoadOptions
-from app.models.tuning import fastest
+from app.models.tuning import fastest, onednn
 from app.vectors import normalized
 from tests.compare import assert_same
 from tests.models.conftest import GOLDEN_NAMES, GOLDENS, random_weights, reference_of
 
 CPU = torch.device("cpu")
 FLOATS = [Kernels(), Kernels(attention="bmm")]
-if has_onednn("float32"):
+if onednn("float32", torch.float32):
     FLOATS += [Kernels(linear="onednn", attention=attention) for attention in ("sdpa", "bmm", "linear")]
     FLOATS += [Kernels(attention="linear")]
 FLOATS += [replace(kernels, row_multiple=32) for kernels in FLOATS]
@@ -87,8 +87,13 @@ def test_lower_precisions_stay_close(family: Family, precision: Precision, limit
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_products_in_bfloat16(family: Family, attention: AttentionKernel) -> None:
     """What CPUs with bfloat16 instructions choose; others compute the rounded weights in float32."""
-    kernels = Kernels("bfloat16", "onednn" if has_onednn("bfloat16") else "torch", attention, torch.bfloat16, 32)
-    options = LoadOptions(dtype="bfloat16", device="cpu", kernels=kernels)
+    packed = onednn("bfloat16", torch.bfloat16)
+    if attention == "linear" and not packed:
+        pytest.skip("oneDNN has no bfloat16 on this CPU")
+    kernels = packed or Kernels("bfloat16", compute=torch.bfloat16)
+    options = LoadOptions(
+        dtype="bfloat16", device="cpu", kernels=replace(kernels, attention=attention, row_multiple=32)
+    )
     rounded = both_stages(load_checkpoint(random_weights(family), options))
     for a, b in zip(both_stages(model(family, "float32")), rounded, strict=True):
         assert (1 - (a.astype(np.float64) * b).sum(axis=1)).max() <= 1e-5
@@ -150,7 +155,7 @@ def test_the_tuner_picks_something_that_is_there() -> None:
     for precision in ("float32", "bfloat16", "int8"):
         kernels = fastest(precision, CPU)
         assert kernels.precision == precision
-        assert kernels.linear == "torch" or has_onednn(precision)
+        assert kernels.linear == "torch" or onednn(precision, kernels.compute)
     assert fastest("bfloat16", torch.device("cuda")) == Kernels("bfloat16", compute=torch.bfloat16)
 
 
@@ -174,7 +179,7 @@ run(model, {DATASET_EMBEDDINGS: rows[:0, :384], "token_weights": torch.ones(3052
 """
 
 
-@pytest.mark.skipif(not has_onednn("int8"), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not onednn("int8", torch.float32), reason="this torch has no oneDNN")
 def test_few_shapes_are_compiled() -> None:
     """However many lengths there are."""
     done = subprocess.run(

@@ -12,7 +12,7 @@ from transformers import ModernBertConfig as HfModernBertConfig
 from transformers import NomicBertConfig as HfNomicBertConfig
 
 from app.domain import DATASET_EMBEDDINGS, InputType
-from app.models.kernels import Kernels, has_onednn
+from app.models.kernels import Kernels
 from app.models.layout import Layout
 from app.models.loading import LoadedModel
 from app.models.minilm import MiniLM
@@ -20,6 +20,7 @@ from app.models.modern_bert import ModernBert, ModernBertConfig
 from app.models.nomic_bert import NomicBert, NomicBertConfig
 from app.models.stages import SecondStage
 from app.models.transformer import Transformer
+from app.models.tuning import onednn
 from tests.models.conftest import builtin_folder, embed, tokenized
 
 LENGTHS = (23, 1, 9, 40)
@@ -27,7 +28,7 @@ CLOSE = 2e-5
 
 
 KERNELS = [Kernels(), Kernels(attention="bmm")]
-if has_onednn("float32"):
+if onednn("float32", torch.float32):
     KERNELS += [Kernels(linear="onednn", attention="bmm"), Kernels(linear="onednn", attention="linear")]
 
 

@@ -132,7 +132,7 @@ def test_a_model_gives_the_same_vectors(name: str, attention: str) -> None:
         assert isinstance(loaded.model, ContextualModel)
         texts = tokenized(loaded, ["a", "three more words"], InputType.NONE)
         vectors.append(both_stages(loaded.model, texts))
-    np.testing.assert_allclose(vectors[1], vectors[0], rtol=0, atol=1e-6 * np.abs(vectors[0]).max())
+    np.testing.assert_allclose(vectors[1], vectors[0], rtol=0, atol=2e-6 * np.abs(vectors[0]).max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +165,7 @@ def test_without_a_compiler_plain_operations_do(
 
     monkeypatch.setattr(interpreted, "gate", fails)
     assert not pointwise_is_right(IN_TRITON, CPU)
-    assert "does not run on cpu, the plain one is used: RuntimeError: Failed to find C compiler" in caplog.text
+    assert "does not run on cpu, another is used: RuntimeError: Failed to find C compiler" in caplog.text
 
 
 COMPILED = """
