@@ -1,6 +1,7 @@
 """Where the process is in its life: starting, ready, leaving, stopping or failed."""
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -102,6 +103,7 @@ class Server:
             await asyncio.to_thread(self._parts.engine.stop, LAST_BATCH_SECONDS)
         if self._database is not None:
             await asyncio.to_thread(self._database.close)
+        gc.unfreeze()
 
     @property
     def is_leaving(self) -> bool:
@@ -170,6 +172,10 @@ class Server:
                 log.warning("%s has no default context: it is served without its first stage", served.id)
         await self._probe(parts)  # warm-up
         parts.runner.start()
+        # What is there now stays, and a collection that walks all of it stops every thread for a quarter of a second
+        # and more. Requests bring such collections about.
+        gc.collect()
+        gc.freeze()
 
     def _check(self, parts: Parts, replicas: list[list[ServedModel]]) -> None:
         """Every model on every device, and starts the engine. Raises SelfCheckError."""

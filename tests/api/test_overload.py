@@ -188,7 +188,7 @@ def test_a_client_that_leaves_takes_its_texts_out_of_the_queue(bench: Bench) -> 
 def test_a_client_that_leaves_ends_the_first_stage_it_waited_for(bench: Bench) -> None:
     holding = bench.hold()
     documents = {"documents": [f"the {i}th document" for i in range(400)]}
-    leaving = bench.post(TEXT, timeout=0.5, context=documents)
+    leaving = bench.post(TEXT, timeout=3, context=documents)
     bench.waits_until(lambda: bench.metric("cde_queue_jobs") > 0)
     with pytest.raises(httpx.TimeoutException):
         leaving.result(20)
