@@ -95,25 +95,28 @@ class Replica:
             if _is_fatal(error):
                 raise DeviceLost(str(error)) from error
             out_of_memory = _is_out_of_memory(error)
-            metrics.FAILED.labels("oom" if out_of_memory else "error").inc()
-            if out_of_memory:
-                self._make_room(batch)
-            if len(batch) > 1:
-                metrics.OOM_SPLITS.inc(out_of_memory)
-                half = len(batch) // 2
-                self._run(batch[:half], release, again=again)
-                self._run(batch[half:], release, again=again)
-            elif out_of_memory and again:
-                self._run(batch, release, again=False)
-            else:
-                self.last_failed = True
-                release(batch)
-                batch[0].submission.fail(_failure(error, out_of_memory=out_of_memory))
+            failure = _failure(error, out_of_memory=out_of_memory) if len(batch) == 1 else None
         else:
             self.last_failed = False
             self._went_well()
             release(batch)
             self._answer(batch, vectors)
+            return
+        # Not while the error is handled: its traceback holds the failed forward's frames, and they its tensors.
+        metrics.FAILED.labels("oom" if out_of_memory else "error").inc()
+        if out_of_memory:
+            self._make_room(batch)
+        if failure is None:
+            metrics.OOM_SPLITS.inc(out_of_memory)
+            half = len(batch) // 2
+            self._run(batch[:half], release, again=again)
+            self._run(batch[half:], release, again=again)
+        elif out_of_memory and again:
+            self._run(batch, release, again=False)
+        else:
+            self.last_failed = True
+            release(batch)
+            batch[0].submission.fail(failure)
 
     def _forward(self, batch: Sequence[Job]) -> FloatArray:
         model_id, stage = batch[0].submission.group
@@ -146,7 +149,8 @@ class Replica:
         with self._lock:
             context = self._contexts.get(key)
         if context is None:
-            context = self._models[model_id].load_context(payload.arrays)
+            with self._launching:
+                context = self._models[model_id].load_context(payload.arrays)
             with self._lock:
                 if self._contexts.getsizeof(context) <= self._contexts.maxsize:
                     self._contexts[key] = context
@@ -227,8 +231,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     """torch says it in a class of its own on GPUs, and in words on CPUs."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    words = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(some in str(error).lower() for some in words)
 
 
 def _is_fatal(error: Exception) -> bool:

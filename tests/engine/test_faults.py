@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -58,6 +59,26 @@ def test_out_of_memory_halves_the_batch_and_all_are_answered(error: Callable[[st
     assert rows[:, 0].tolist() == list(range(64))
     assert metrics.OOM_SPLITS._value.get() > splits
     assert engine.healthy
+    engine.stop(5)
+
+
+def test_what_a_failed_forward_held_is_free_before_the_next() -> None:
+    """Of memory, and of an error whose traceback has the frames."""
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def forward(texts: Sequence[TokenizedText]) -> None:
+        alive.append(sum(one() is not None for one in held))
+        hidden = torch.empty(len(texts))
+        held.append(weakref.ref(hidden))
+        if len(texts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = engine_of(StubModel(forward))
+    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(16)], context(1.0)).result(10)
+    assert rows[:, 0].tolist() == list(range(16))
+    assert len(alive) == 31
+    assert set(alive) == {0}
     engine.stop(5)
 
 
