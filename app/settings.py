@@ -29,7 +29,8 @@ class ModelSettings(_Group):
     mask_instruction: bool | None = Field(None, description="Overrides that part of `semantics` (v2)")
     first_stage: bool = Field(True, description="false: half the memory, contexts by import only")
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, else float32; int8 on CPUs, 1 - cos up to about 5e-4"
+        "auto",
+        description="auto: bfloat16 on GPUs that have it, else float32; int8 on CPUs, 1 - cos up to about 5e-4",
     )
     context_attention: Literal["exact", "frozen"] = Field(
         "exact", description="frozen: an approximation, much faster for short texts; see `cde-server agreement`"

@@ -13,7 +13,8 @@ SemanticsOption = Annotated[
     Literal["training", "hub"], typer.Option(help="What the weights were trained with, or the Hub's code")
 ]
 DtypeOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "int8"], typer.Option(help="auto: bfloat16 on CUDA, else float32")
+    Literal["auto", "float32", "bfloat16", "int8"],
+    typer.Option(help="auto: bfloat16 on GPUs that have it, else float32"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]

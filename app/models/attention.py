@@ -139,8 +139,10 @@ class Attention(nn.Module):
 @lru_cache(maxsize=256)
 def band(before: int, queries: int, keys: int, window: int, like: tuple[torch.dtype, torch.device]) -> Tensor:
     """(queries, keys): 0 where key j is at most `window` away from query before + i, else -inf."""
-    distance = (torch.arange(queries)[:, None] + before - torch.arange(keys)[None, :]).abs()
-    return torch.where(distance <= window, 0.0, -torch.inf).to(dtype=like[0], device=like[1])
+    dtype, device = like
+    places = torch.arange(before, before + queries, device=device)
+    distance = (places[:, None] - torch.arange(keys, device=device)[None, :]).abs()
+    return torch.where(distance <= window, 0.0, -torch.inf).to(dtype)
 
 
 @lru_cache(maxsize=256)

@@ -65,9 +65,22 @@ def check_arrays(model: TwoStageModel, arrays: Arrays) -> None:
             raise InvalidContext(f"{name} holds NaN or infinite values")
 
 
+def settle_cuda() -> None:
+    """float32 that is no TF32, whatever the environment says; bfloat16 products summed in float32; and no cuDNN
+    attention, which plans for every new shape, some tenths of a second each."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To a GPU without waiting for what it still computes: by way of pinned memory, which the copy keeps alive."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """What can be copied to `device` without waiting; the copy keeps it alive."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def fetch(result: Tensor) -> Callable[[], FloatArray]:

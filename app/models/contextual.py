@@ -104,7 +104,7 @@ class ContextualModel:
         if given.shape != (self.spec.corpus_size, self.spec.hidden_size):
             wanted = (self.spec.corpus_size, self.spec.hidden_size)
             raise InvalidContext(f"{DATASET_EMBEDDINGS} has shape {given.shape}; {self.spec.id} takes {wanted}")
-        dataset = torch.from_numpy(np.ascontiguousarray(given)).to(self._device)
+        dataset = to_device(torch.from_numpy(np.ascontiguousarray(given)), self._device)
         with torch.inference_mode():
             rows = self._typed(torch.cat((dataset, self._soft_prompt)))
             if self._frozen:
@@ -117,11 +117,11 @@ class ContextualModel:
         backbone: Transformer = stage.embedder  # type: ignore[assignment]
         out = torch.empty(len(documents), self.spec.hidden_size, device=self._device)
         for chunk in self._chunks(documents, 0):
-            some = [documents[i] for i in chunk]
+            some, places = [documents[i] for i in chunk], to_device(torch.tensor(chunk), self._device)
             layout = self._layout(some, 0)
             entered = backbone.enter(backbone.token_rows(self._input_ids(some, layout)), layout)
             hidden = backbone(entered, layout)
-            out[chunk] = stage.mlp(self._means(hidden, layout, [0] * len(some)))
+            out[places] = stage.mlp(self._means(hidden, layout, [0] * len(some)))
         return out
 
     def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
@@ -131,10 +131,10 @@ class ContextualModel:
             return replayed
         out = torch.empty(len(texts), self.spec.hidden_size, device=self._device)
         for chunk in self._chunks(texts, self._prefix):
-            some = [texts[i] for i in chunk]
+            some, places = [texts[i] for i in chunk], to_device(torch.tensor(chunk), self._device)
             layout = self._layout(some, self._prefix)
             hidden = self._hidden([contexts[i] for i in chunk], some, layout)
-            out[chunk] = self._projected(self._means(hidden, layout, [skipped[i] for i in chunk]))
+            out[places] = self._projected(self._means(hidden, layout, [skipped[i] for i in chunk]))
         return out
 
     def _chunks(self, texts: Sequence[TokenizedText], prefix: int) -> Iterator[list[int]]:

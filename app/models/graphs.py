@@ -21,7 +21,7 @@ from torch import Tensor
 
 from app.domain import InputType, TokenizedText
 from app.models.attention import Entered
-from app.models.base import DeviceContext
+from app.models.base import DeviceContext, pinned
 from app.models.layout import mean_weights
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class RecordedForwards:
 
     def warm_up(self, context: DeviceContext, longest: int) -> None:
         """Records all forwards of one text of up to `longest` tokens: a single query never waits for a recording."""
-        for rows in range(ROWS, min(longest, LONGEST) + 1, ROWS):
+        for rows in range(ROWS, min(longest + ROWS - 1, LONGEST) + 1, ROWS):
             text = TokenizedText((0,) * rows, InputType.NONE)
             for _ in range(2):  # the first time a shape is only noted
                 self((text,), (0,), (context,))
@@ -157,6 +157,8 @@ class RecordedForwards:
             for probe in (batch, self._shortest(batch)):
                 replayed = recorded(probe, contexts)
                 launched = self._forward(copied, own)
+                if not launched.isfinite().all():
+                    return None  # says nothing about recording: another text will
                 difference = float((replayed - launched).abs().max() / launched.abs().max())
                 if not difference <= TOLERANCE:
                     log.warning("recorded forwards give other vectors, by %.1e: launched one by one", difference)
@@ -187,11 +189,15 @@ def rows_of(texts: Sequence[TokenizedText]) -> int:
 def cuda_recorder(device: torch.device) -> Record:
     """Records CUDA graphs, whose memory they share: they never run at the same time."""
     pools: list[Any] = []
+    # One for all: memory is shared, and libraries keep their workspaces, by stream.
+    streams: list[torch.cuda.Stream] = []
 
     def record(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         # The outer stream comes back even from a recording that fails, which leaves its own behind.
         with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if not streams:
+                streams.append(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+            stream = streams[0]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # what libraries set up at a first use cannot be recorded
@@ -216,7 +222,7 @@ def _room(context: DeviceContext) -> Entered:
 
 def _fill(to: Batch, room: Entered, batch: Batch, contexts: Sequence[DeviceContext]) -> None:
     for there, here in zip(to, batch, strict=True):
-        there.copy_(here)
+        there.copy_(pinned(here, there.device), non_blocking=True)
     for name, there in room._asdict().items():
         for rows, context in zip(there.chunk(len(contexts)), contexts, strict=True):
             rows.copy_(context[name])

@@ -10,7 +10,7 @@ import torch
 
 from app.domain import InputType, ModelSpec
 from app.errors import CheckpointError
-from app.models.base import TwoStageModel
+from app.models.base import TwoStageModel, settle_cuda
 from app.models.checkpoint import load_weights, revision_of, sha256
 from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
 from app.models.contextual import ContextualModel, Semantics
@@ -56,7 +56,8 @@ class LoadOptions:
     def resolved_dtype(self) -> Precision:
         if self.dtype != "auto":
             return self.dtype
-        return "bfloat16" if self.resolved_device().type == "cuda" else "float32"
+        on_gpu = self.resolved_device().type == "cuda"
+        return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
     """Loads `name`: `builtin/minilm-context`, a folder in the Hub's layout, or a Hub id. Raises CheckpointError."""
     options = options or LoadOptions()
     check_options(name, options)
+    if options.resolved_device().type == "cuda":
+        settle_cuda()
     return _load_builtin(options) if name == BUILTIN else _load_cde(locate(name, options.revision), options)
 
 

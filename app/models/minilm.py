@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, InputType, ModelSpec, TokenizedText
-from app.models.base import DeviceContext, InvalidContext, pad
+from app.models.base import DeviceContext, InvalidContext, pad, to_device
 
 TOKEN_WEIGHTS = "token_weights"  # noqa: S105 - not a password
 FLOOR, TEMPERATURE, PULL, SAME_TEXT = 0.3, 0.08, 0.25, 0.999
@@ -128,7 +128,7 @@ class MiniLMContext:
     def load_context(self, arrays: Arrays) -> DeviceContext:
         if TOKEN_WEIGHTS not in arrays or arrays[TOKEN_WEIGHTS].shape != (VOCABULARY,):
             raise InvalidContext(f"a context of {self.spec.id} holds {TOKEN_WEIGHTS} of shape ({VOCABULARY},)")
-        return {name: torch.from_numpy(np.ascontiguousarray(a)).to(self._device) for name, a in arrays.items()}
+        return {name: to_device(torch.from_numpy(np.ascontiguousarray(a)), self._device) for name, a in arrays.items()}
 
     def first_stage(self, documents: Sequence[TokenizedText], corpora: Sequence[DeviceContext]) -> Tensor:
         return self._weighted(documents, corpora)
