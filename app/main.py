@@ -77,7 +77,13 @@ def application(server: Server) -> ASGIApp:
             allow_origins=list(settings.server.cors_origins),
             allow_methods=["*"],
             allow_headers=["*", "Authorization"],
-            expose_headers=["x-request-id", "x-context-id", "x-context-name", "x-embedding-fingerprint"],
+            expose_headers=[
+                "Retry-After",
+                "retry-after-ms",
+                "x-should-retry",
+                *openapi.EVERYWHERE,
+                *openapi.OF_EMBEDDINGS,
+            ],
         )
     app.add_middleware(Intake, limits=settings.limits)
     app.add_middleware(LastNet)

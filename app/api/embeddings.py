@@ -1,6 +1,7 @@
 """POST /v1/embeddings: parse -> embed -> render."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -20,6 +21,7 @@ router = APIRouter(tags=["embeddings"], dependencies=[Depends(admitted)])
 
 SMALL = 32
 """Answers up to this many vectors are rendered on the event loop; larger ones in a thread."""
+LISTED_BYTES = 1000
 
 MANY_DOCUMENTS = "POST /v1/contexts takes any number as NDJSON."
 
@@ -99,6 +101,12 @@ def request_of(
     )
 
 
+def listed(indices: Sequence[int]) -> str:
+    """The first of them, as many as fit: nginx answers 502 where all headers of an answer take over 4 KiB."""
+    text = ",".join(map(str, indices))
+    return text if len(text) <= LISTED_BYTES else text[: text.rindex(",", 0, LISTED_BYTES + 1)]
+
+
 def _headers(embeddings: Embeddings) -> dict[str, str]:
     headers = {
         "x-context-id": embeddings.context_id,
@@ -108,7 +116,8 @@ def _headers(embeddings: Embeddings) -> dict[str, str]:
     if embeddings.context_name is not None:
         headers["x-context-name"] = embeddings.context_name
     if embeddings.truncated_inputs:
-        headers["x-truncated-inputs"] = ",".join(map(str, embeddings.truncated_inputs))
+        headers["x-truncated-inputs"] = listed(embeddings.truncated_inputs)
+        headers["x-truncated-count"] = str(len(embeddings.truncated_inputs))
     warnings = [STALE_WARNING] * embeddings.stale + [FALLBACK_WARNING] * embeddings.fell_back
     if warnings:
         headers["Warning"] = ", ".join(warnings)

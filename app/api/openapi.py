@@ -95,7 +95,8 @@ OF_EMBEDDINGS = {
     "x-embedding-fingerprint": "Equal fingerprints, comparable vectors",
     "x-compute-tokens": "Tokens as computed, context rows counted",
     "Server-Timing": "Milliseconds of each part: tokenize, context, compute (queue and forward in it), render, total",
-    "x-truncated-inputs": "Which inputs were cut: 0,5",
+    "x-truncated-inputs": "Which inputs were cut: 0,5; the first of them, where they are hundreds",
+    "x-truncated-count": "How many were cut",
     "Warning": "Where the default context answered",
 }
 

@@ -60,6 +60,8 @@ async def get_model(
     return ORJSONResponse(model_body(model.spec, name, int(info.created_at.timestamp()), parent=model.id))
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health")
 @router.get("/health/live")
 async def health() -> Response:
@@ -67,6 +69,8 @@ async def health() -> Response:
     return ORJSONResponse({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/ready")
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:

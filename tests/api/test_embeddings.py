@@ -11,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app import assembly
+from app.api.embeddings import listed
 from app.errors import SelfCheckError
 from app.models.loading import LoadedModel, LoadOptions, load_model
 from tests.compare import assert_same
@@ -142,6 +145,15 @@ def test_null_counts_as_absent(http: httpx.Client) -> None:
     assert post(http, model=BUILTIN, input="one", surprise=None).status_code == 200
 
 
+@given(st.lists(st.integers(0, 99_999), min_size=1, max_size=2048))
+def test_the_list_of_cut_inputs_fits_into_a_proxys_buffer(indices: list[int]) -> None:
+    text = listed(indices)
+    whole = [int(index) for index in text.split(",")]
+    assert whole == indices[: len(whole)]
+    assert len(text) <= 1000
+    assert whole == indices or len(f"{text},{indices[len(whole)]}") > 1000
+
+
 def test_truncation_is_asked_for_and_reported(http: httpx.Client) -> None:
     long = "word " * 600
     refused = post(http, model=BUILTIN, input=["short", long])
@@ -149,7 +161,7 @@ def test_truncation_is_asked_for_and_reported(http: httpx.Client) -> None:
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     assert "maximum context length is 256 tokens, however you requested 602 tokens" in refused.text
     cut = post(http, model=BUILTIN, input=["short", long], truncate="end")
-    assert cut.headers["x-truncated-inputs"] == "1"
+    assert (cut.headers["x-truncated-inputs"], cut.headers["x-truncated-count"]) == ("1", "1")
     np.testing.assert_allclose(vectors(cut)[1], vectors(post(http, model=BUILTIN, input="word " * 254))[0], atol=1e-6)
 
 

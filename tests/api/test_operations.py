@@ -45,6 +45,9 @@ def test_one_model_raw_or_encoded(http: httpx.Client, path: str) -> None:
 def test_health_info_and_metrics(http: httpx.Client) -> None:
     assert http.get("/health").json() == http.get("/health/live").json() == {"status": "ok"}
     assert http.get("/ready").json() == http.get("/health/ready").json() == {"status": "ready"}
+    for path in ("/health", "/health/live", "/ready", "/health/ready"):
+        head = http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     info = http.get("/info").json()
     assert info["models"][0]["is_cde"] is False
     assert info["models"][1] | {"semantics": "training", "dtype": "float32", "corpus_size": 16} == info["models"][1]
@@ -124,6 +127,9 @@ def test_cors_is_off_unless_set(http: httpx.Client, data_dir: Path) -> None:
         allowed = httpx.options(f"{url}/v1/embeddings", headers=headers)
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        readable = httpx.get(f"{url}/health", headers=headers).headers["access-control-expose-headers"]
+        for name in ("retry-after", "x-request-id", "x-context-id", "x-truncated-inputs", "warning"):
+            assert name in readable.lower().split(", ")
 
 
 def test_the_openapi_page_is_whole(http: httpx.Client) -> None:
