@@ -75,9 +75,9 @@ def test_what_a_failed_forward_held_is_free_before_the_next() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine = engine_of(StubModel(forward))
-    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(16)], context(1.0)).result(10)
-    assert rows[:, 0].tolist() == list(range(16))
-    assert len(alive) == 31
+    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(8)], context(1.0)).result(60)
+    assert rows[:, 0].tolist() == list(range(8))
+    assert len(alive) == 15
     assert set(alive) == {0}
     engine.stop(5)
 
