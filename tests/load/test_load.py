@@ -67,14 +67,19 @@ async def test_few_texts_beside_many(loaded: LoadServer) -> None:
 
 
 async def test_clients_that_go_away_leave_nothing_behind(loaded: LoadServer) -> None:
-    seen = await disconnects.run(loaded, disconnects.Plan(clients=50, at_once=25))
-    assert seen.left.total() == 50
-    assert seen.problems == {}
-    assert seen.saved > 0
-    assert seen.unaccounted == 0
-    assert seen.files_after <= seen.files_before
-    assert await nothing_waits(loaded)
-    assert seen.lines()
+    saved = 0
+    for seed in range(4):  # on a machine that is late with leaving, all of a round may be computed by then
+        seen = await disconnects.run(loaded, disconnects.Plan(clients=50, at_once=25, seed=seed))
+        assert seen.left.total() == 50
+        assert seen.problems == {}
+        assert seen.unaccounted == 0
+        assert seen.files_after <= seen.files_before
+        assert await nothing_waits(loaded)
+        assert seen.lines()
+        saved += seen.saved
+        if saved:
+            break
+    assert saved > 0
 
 
 async def test_a_short_soak(loaded: LoadServer) -> None:
