@@ -24,8 +24,8 @@ BIN := $(VENV)/bin
 # Programs that look at $(VENV) from outside, so that they are not among what they list.
 TOOLS := $(VENV)/tools
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
-# Where tiktoken looks for cl100k_base, which LangChain's token ids are made with.
-VOCABULARY := $(abspath $(VENV))/share/tiktoken
+# Where the server shows tiktoken cl100k_base, which LangChain's token ids are made with.
+VOCABULARY := $(VENV)/share/tiktoken
 
 # Minutes of the long run of `make load`; none: it is left out. LOAD_MODEL: as in the settings, or v1: random weights of true size.
 SOAK ?=
@@ -34,8 +34,7 @@ LOAD_MODEL ?= builtin/minilm-context
 .PHONY: serve test test-ray test-clients load fuzz test-image sbom audit clean
 
 serve: $(VENV)/.serve
-	TIKTOKEN_CACHE_DIR="$${TIKTOKEN_CACHE_DIR:-$(VOCABULARY)}" \
-		$(BIN)/cde-server serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/cde-server serve --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -160,7 +160,10 @@ class Catalog:
             self._store.list_current, namespace, model, after=after, limit=limit, newest_first=newest_first
         )
         if page is None:
-            raise InvalidRequest(f"Invalid 'after': there is no context '{after}'.", param="after")
+            raise InvalidRequest(
+                f"Invalid 'after': there is no context with the id '{after}'. Send the last_id of the page before.",
+                param="after",
+            )
         return page
 
     async def versions(self, space: Space, name: str) -> Sequence[ContextInfo]:
@@ -176,8 +179,15 @@ class Catalog:
         self._contexts.forget(space, name=name)
         return info
 
-    async def delete(self, space: Space, ref: ContextRef) -> None:
+    async def delete(self, served: ServedModel, ref: ContextRef, namespace: str) -> None:
         """Raises ContextNotFound, ContextInUse."""
+        if await self._contexts.answers(served, ref, namespace):
+            raise ContextInUse(
+                f"'{ref.text}' answers the requests that name no context, and is not deleted. Give it other documents "
+                f"with POST /v1/contexts, or have another one answer: the setting contexts.default.",
+                param="ref",
+            )
+        space = Space(served.id, namespace)
         if ref.name is not None and ref.version is None:
             deleted: bool | None = await self._threads.write(self._store.delete_name, space, ref.name) or None
         else:

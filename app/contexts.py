@@ -19,7 +19,7 @@ from app.domain import (
     Selection,
     Space,
 )
-from app.errors import ContextModelMismatch, ContextNotReady, UnknownContextNamed
+from app.errors import ContextModelMismatch, ContextNotReady, ServiceError, UnknownContextNamed
 from app.names import Names
 from app.registry import ServedModel
 from app.selection import select
@@ -76,6 +76,16 @@ class Contexts:
             raise PayloadDamaged(f"The arrays of {info.id} are missing. Delete the context and create it again.")
         return info, payload
 
+    async def answers(self, served: ServedModel, ref: ContextRef, namespace: str) -> bool:
+        """Whether requests that name no context are answered under this name now: the default, unless it is broken."""
+        if namespace != SHARED or (ref.name, ref.version) != (self._default, None):
+            return False
+        try:
+            await self.resolve(served, ref)
+        except (ServiceError, PayloadDamaged):
+            return False
+        return True
+
     async def _usable(self, served: ServedModel, ref: ContextRef, namespace: str) -> ContextInfo:
         info = await self._names.find(Space(served.id, namespace), ref)
         if info is None and namespace != SHARED:
@@ -84,8 +94,7 @@ class Contexts:
         if info is None:
             await self._explain_missing(served, ref, namespace)
             raise UnknownContextNamed(
-                f"The context '{ref.text}' does not exist for model {served.id}. POST /v1/contexts creates it.",
-                param="context",
+                f"The context '{ref.text}' does not exist for model {served.id}. {_where_to_look(ref)}", param="context"
             )
         check_completed(info, ref)
         if info.model_revision != served.spec.revision:
@@ -154,6 +163,14 @@ class _Resident(LRUCache[str, Payload]):
     def popitem(self) -> tuple[str, Payload]:
         CONTEXT_EVICTIONS.inc()
         return super().popitem()
+
+
+def _where_to_look(ref: ContextRef) -> str:
+    if ref.id is not None:
+        return "GET /v1/contexts lists those that are there."
+    if ref.version is not None:
+        return f"GET /v1/contexts/{ref.name}/versions lists its versions."
+    return "POST /v1/contexts creates it."
 
 
 def check_completed(info: ContextInfo, ref: ContextRef) -> None:

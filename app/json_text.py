@@ -31,6 +31,10 @@ def parse_json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
+        try:
+            text.decode()
+        except UnicodeDecodeError as encoding:
+            raise InvalidJson(f"byte {encoding.start} is not UTF-8") from None
         if _LONE_SURROGATE.search(text):
             try:
                 return json.loads(text, parse_constant=_no_constant)

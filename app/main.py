@@ -19,6 +19,7 @@ from app.api.auth import Keyring
 from app.api.envelope import Envelope, LastNet
 from app.api.farewell import Farewell
 from app.api.intake import Intake
+from app.api.paths import Trimmed
 from app.errors import Unavailable
 from app.lifecycle import Server
 from app.preflight import check
@@ -58,6 +59,7 @@ def application(server: Server) -> ASGIApp:
         version="1",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         # Its own, which would also send the messages of exceptions; see app/telemetry/tracing.py.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
@@ -86,6 +88,7 @@ def application(server: Server) -> ASGIApp:
             ],
         )
     app.add_middleware(Intake, limits=settings.limits)
+    app.add_middleware(Trimmed)
     app.add_middleware(LastNet)
     return Envelope(Farewell(app, server), tracing)
 

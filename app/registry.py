@@ -55,11 +55,12 @@ class Registry:
         return self.models[0]
 
     def get(self, name: str) -> ServedModel:
-        """Raises ModelNotFound."""
+        """By the name alone, where selectors mean nothing. Raises ModelNotFound."""
         served = self._by_name.get(name)
         if served is None:
-            known = ", ".join(model.id for model in self.models)
-            raise ModelNotFound(f"The model '{name[:200]}' does not exist here. Served: {known}.", param="model")
+            selected = any(name.startswith((f"{known}@", f"{known}:")) for known in self._by_name)
+            hint = " Here a model is named without @CONTEXT and :INPUT_TYPE." if selected else ""
+            raise self._not_found(name, hint)
         return served
 
     def choose(self, name: str) -> ModelChoice:
@@ -71,8 +72,16 @@ class Registry:
         if colon and tail in tuple(InputType):
             base, input_type = head, InputType(tail)
         model, at, context = base.rpartition("@")
-        served = self.get(model if at else base)
+        served = self._by_name.get(model if at else base)
+        if served is None or (at and ":" in context):
+            wrong_type = head in self._by_name or served is not None
+            hint = f" Behind ':' stands one of {', '.join(InputType)}." if wrong_type else ""
+            raise self._not_found(name, hint)
         return ModelChoice(served, context if at else None, input_type)
+
+    def _not_found(self, name: str, hint: str) -> ModelNotFound:
+        served = ", ".join(self._by_name)
+        return ModelNotFound(f"The model '{name[:200]}' does not exist here.{hint} Served: {served}.", param="model")
 
 
 def check_distinct(names_of_models: Sequence[Sequence[str]]) -> None:

@@ -5,6 +5,8 @@ Layers, later wins: defaults < a TOML file < environment (`CDE__LIMITS__MAX_INPU
 
 import os
 import re
+import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ from app.settings import Settings
 CONFIG_FILE = Path("config/cde-server.toml")
 CONFIG_VARIABLE = "CDE_CONFIG"
 PREFIX = "CDE__"
+VOCABULARY = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+"""cl100k_base in tiktoken's cache, whose names are SHA-1 of the addresses files come from."""
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
@@ -68,6 +72,16 @@ def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | Non
 def without_settings() -> dict[str, str]:
     """The environment for a program that is not ours: without settings, and so without the keys and passwords there."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith("CDE_")}
+
+
+def find_vocabulary() -> bool:
+    """Whether tiktoken has cl100k_base without a download. Shows it what `make` put beside the interpreter, unless
+    another folder is named."""
+    named = [os.environ[name] for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR") if name in os.environ]
+    beside = Path(sys.prefix) / "share" / "tiktoken"
+    if not named and (beside / VOCABULARY).is_file():
+        named = [os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(beside))]
+    return Path(*named[:1] or (tempfile.gettempdir(), "data-gym-cache"), VOCABULARY).is_file()
 
 
 def _check_variables() -> None:

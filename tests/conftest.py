@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,6 @@ import pytest
 
 from tests.live import V1, V2, live_server
 from tests.postgres import postgres_server
-
-# Where `make` puts tiktoken's cl100k_base; elsewhere tiktoken looks by its own rules.
-VOCABULARY = Path(sys.prefix) / "share" / "tiktoken"
-if VOCABULARY.is_dir():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(VOCABULARY))
 
 # Read as Triton is imported: kernels for GPUs are interpreted in tests.
 os.environ["TRITON_INTERPRET"] = "1"

@@ -51,7 +51,7 @@ class ProgressAnswer(Answered):
 
 
 class ContextAnswer(Answered):
-    """null where a dry run has none."""
+    """null where a dry run has none; `id` also while `diverse` still chooses."""
 
     object: Literal["context"]
     id: str | None

@@ -94,9 +94,11 @@ def _require(request: Request, scope: Scope | None) -> None:
     keyring: Keyring | None = request.app.state.keyring
     if keyring is None:
         return
-    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    header = request.headers.get("authorization", "")
+    kind, _, secret = header.partition(" ")
     if kind.lower() != "bearer" or not secret.strip():
-        raise Unauthenticated("You didn't provide an API key: send it as 'Authorization: Bearer YOUR_KEY'.")
+        wrong = "The Authorization header is not as expected" if header else "You didn't provide an API key"
+        raise Unauthenticated(f"{wrong}: send 'Authorization: Bearer YOUR_KEY'.")
     key = keyring.find(secret.strip())
     if key is None:
         raise Unauthenticated("Incorrect API key provided. Check the key, or ask the operator of this server for one.")

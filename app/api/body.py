@@ -43,42 +43,65 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def json_body(model: type[Model]) -> Callable[[Request], Coroutine[Any, Any, Model]]:
-    """A FastAPI dependency: the JSON body as `model`."""
+def json_body(
+    model: type[Model], *, query: Collection[str] = (), streams: str = ""
+) -> Callable[[Request], Coroutine[Any, Any, Model]]:
+    """A FastAPI dependency: the JSON body as `model`.
+
+    `query`: parameters of the query string beside it; a field of the body there is refused, as it would do nothing.
+    `streams`: a media type the route reads in another way.
+    """
 
     async def parse(request: Request) -> Model:
         kind = media_type(request)
         if kind not in ("", "application/json") and not (kind.startswith("application/") and kind.endswith("+json")):
-            raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; application/json is expected.")
+            expected = " or ".join(filter(None, ("application/json", streams)))
+            raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; {expected} is expected.")
+        _check_query(request, model, query)
         settings = request.app.state.settings
         data = await read_body(request, settings.limits.max_body_bytes)
-        read = partial(_read, model, data, ignore_unknown=settings.server.unknown_parameters == "ignore")
+        ignore = settings.server.unknown_parameters == "ignore"
+        read = partial(_read, model, data, query=query, ignore_unknown=ignore)
         return read() if len(data) <= SMALL else await asyncio.to_thread(read)
 
     return parse
 
 
-def _read(model: type[Model], data: bytes, *, ignore_unknown: bool) -> Model:
+def _check_query(request: Request, model: type[WireModel], allowed: Collection[str]) -> None:
+    """Raises InvalidRequest."""
+    for name in request.query_params:
+        if name in _fields(model) and name not in allowed:
+            raise InvalidRequest(f"'{name}' goes into the JSON body, not into the query string.", param=name)
+
+
+def _fields(model: type[WireModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _read(model: type[Model], data: bytes, *, query: Collection[str], ignore_unknown: bool) -> Model:
     try:
         raw = parse_json(data)
     except TooManyValues as error:
         raise RequestTooLarge(f"The body is too large: {error}. Send less at a time.") from None
     except InvalidJson as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}. Send one JSON object.") from None
-    return validated(model, raw, ignore_unknown=ignore_unknown)
+    return validated(model, raw, query=query, ignore_unknown=ignore_unknown)
 
 
-def validated(model: type[Model], raw: Any, *, ignore_unknown: bool = False) -> Model:
-    """`raw` as `model`; fields that are null count as absent. Raises InvalidRequest, UnknownParameter."""
+def validated(model: type[Model], raw: Any, *, query: Collection[str] = (), ignore_unknown: bool = False) -> Model:
+    """`raw` as `model`; fields that are null count as absent. `query`: what belongs into the query string.
+
+    Raises InvalidRequest, UnknownParameter.
+    """
     if not isinstance(raw, dict):
         raise InvalidRequest('The body must be a JSON object, like {"model": …, "input": …}.')
     given = {key: value for key, value in raw.items() if value is not None}
-    known = [field.alias or name for name, field in model.model_fields.items()]
+    known = _fields(model)
     unknown = [key for key in given if key not in known]
     if unknown and ignore_unknown:
         given = {key: value for key, value in given.items() if key in known}
     elif unknown:
-        raise _unknown(unknown[0], known)
+        raise _unknown(unknown[0], known, query)
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -87,16 +110,19 @@ def validated(model: type[Model], raw: Any, *, ignore_unknown: bool = False) -> 
         raise _complaint(max(problems, key=lambda problem: len(problem["loc"]))) from None
 
 
-def _unknown(key: str, fields: Collection[str]) -> UnknownParameter:
+def _unknown(key: str, fields: Collection[str], query: Collection[str]) -> UnknownParameter:
+    if key in query:
+        return UnknownParameter(f"'{key}' goes into the query string: ?{key}=…, not into the body.", param=key)
     key = key[:100]
-    near = difflib.get_close_matches(key, fields, n=1)
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.7)
     hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(fields)}."
     return UnknownParameter(f"Unknown parameter: '{key}'.{hint}", param=key)
 
 
 def _complaint(error: ErrorDetails) -> InvalidRequest:
-    parts = [str(part) for part in error["loc"] if part not in ("str", "InlineContext", "[key]")]
-    param = ".".join(part[:MAX_SHOWN] for part in parts)
+    parts = [part for part in error["loc"] if part not in ("str", "InlineContext", "[key]")]
+    shown = (f"[{part}]" if isinstance(part, int) else f".{part[:MAX_SHOWN]}" for part in parts)
+    param = "".join(shown).removeprefix(".")
     if error["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
     if error["type"] == "extra_forbidden":

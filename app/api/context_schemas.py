@@ -80,11 +80,16 @@ class RollbackRequest(WireModel):
     model: str | None = None
 
 
+def id_is_known(selection: Selection) -> bool:
+    """An id says which documents were chosen, and `diverse` chooses when it has seen the vectors of many."""
+    return selection.method != "diverse" or selection.candidates is not None
+
+
 def context_body(info: ContextInfo) -> dict[str, Any]:
     done, total = info.progress
     return {
         "object": "context",
-        "id": info.id,
+        "id": info.id if id_is_known(info.selection) else None,
         "name": info.name,
         "version": info.version,
         "model": info.space.model,
@@ -102,10 +107,10 @@ def context_body(info: ContextInfo) -> dict[str, Any]:
 
 
 def dry_run_body(new: NewContext) -> dict[str, Any]:
-    """What a context would be; it has no version, state or time yet. The id of a diverse one is known when built."""
+    """What a context would be; it has no version, state or time yet."""
     return {
         "object": "context",
-        "id": None if new.selection.method == "diverse" and new.selection.candidates is None else new.id,
+        "id": new.id if id_is_known(new.selection) else None,
         "name": new.name,
         "version": None,
         "model": new.space.model,

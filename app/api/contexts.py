@@ -14,6 +14,7 @@ from app.api.context_schemas import (
     StreamParameters,
     context_body,
     dry_run_body,
+    id_is_known,
 )
 from app.api.dependencies import (
     CatalogOf,
@@ -59,7 +60,7 @@ async def create_context(
     """A context from documents: JSON, or NDJSON of any length with the parameters in the query string."""
     if media_type(request) in NDJSON:
         return await _create_from_stream(request, catalog, registry, namespace, settings.limits.max_line_bytes)
-    body = await json_body(ContextRequest)(request)
+    body = await json_body(ContextRequest, query=("model", "wait"), streams=NDJSON[0])(request)
     check_count("documents", body.documents, settings.limits.max_documents, "Send them as NDJSON, which has no limit.")
     served = model_named(registry, body.model, model)
     minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
@@ -95,7 +96,8 @@ async def _created(
 
 def _stored(info: ContextInfo, created: bool) -> Response:
     if info.status is ContextStatus.IN_PROGRESS:
-        headers = {"Location": f"/v1/contexts/{info.id}", "Retry-After": "2"}
+        named = info.id if id_is_known(info.selection) else f"{info.name}.{info.version}"
+        headers = {"Location": f"/v1/contexts/{named}", "Retry-After": "2"}
         return ORJSONResponse(context_body(info), status_code=202, headers=headers)
     return ORJSONResponse(context_body(info), status_code=201 if created else 200)
 
@@ -206,7 +208,7 @@ async def rollback_context(
     registry: RegistryOf,
     namespace: Namespace,
     name: str,
-    body: Annotated[RollbackRequest, Depends(json_body(RollbackRequest))],
+    body: Annotated[RollbackRequest, Depends(json_body(RollbackRequest, query=("model",)))],
     *,
     model: ModelQuery = None,
 ) -> Response:
@@ -216,7 +218,9 @@ async def rollback_context(
 
 
 @router.delete("/v1/contexts/{ref}")
-async def delete_context(_key: CanWriteContexts, catalog: CatalogOf, space: SpaceOf, ref: str) -> Response:
-    """By name: the name and all its versions; by id or name.version: that one."""
-    await catalog.delete(space, parse_ref(ref, param="ref"))
+async def delete_context(
+    _key: CanWriteContexts, catalog: CatalogOf, served: ModelOf, namespace: Namespace, ref: str
+) -> Response:
+    """By name: the name and all its versions; by id or name.version: that one. The default stays."""
+    await catalog.delete(served, parse_ref(ref, param="ref"), namespace)
     return ORJSONResponse({"id": ref, "object": "context.deleted", "deleted": True})

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
+from starlette.datastructures import Headers
 
 from app.api.auth import CanEmbed
 from app.api.body import check_count, json_body
@@ -14,6 +15,7 @@ from app.api.presence import while_connected
 from app.api.schemas import EmbeddingsRequest, InlineContext, embeddings_body, split_input
 from app.domain import Caller, Embeddings
 from app.embed_request import EmbedRequest
+from app.errors import InvalidRequest
 from app.settings import LimitSettings
 from app.telemetry.requests import part
 
@@ -49,6 +51,7 @@ async def create_embeddings(
     x_expect_fingerprint: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Embeds texts under a context. OpenAI's API; `context`, `input_type`, `truncate` and `normalize` are ours."""
+    check_agreeing(http.headers)
     request = request_of(
         body,
         settings.limits,
@@ -65,6 +68,15 @@ async def create_embeddings(
         else:
             content = await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
     return Response(content, media_type="application/json", headers=_headers(embeddings))
+
+
+def check_agreeing(headers: Headers) -> None:
+    """Raises InvalidRequest where a header of ours came with several values: a framework reads one of them."""
+    for name in ("X-Context", "X-Input-Type", "X-Expect-Fingerprint"):
+        values = list(dict.fromkeys(headers.getlist(name)))
+        if len(values) > 1:
+            sent = " and ".join(value[:80] for value in values[:2])
+            raise InvalidRequest(f"The header {name} came with different values: {sent}. Send one.", param=name)
 
 
 def request_of(

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app import errors
+from app.api.paths import meant
 from app.api.schemas import ORJSONResponse
 from app.telemetry.metrics import ERRORS
 from app.telemetry.requests import note
@@ -60,6 +61,7 @@ FRAMEWORK = {
     405: ("method_not_supported", "The URL is right, the method is not; `Allow` names the right ones."),
 }
 
+SEE_DOCS = "See /docs for what is served here."
 NO_CODE = "none"
 """How a metric calls the code null."""
 
@@ -125,7 +127,9 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
         where = f"{request.method} {request.scope['path'][:200]}"  # request.url may not be one
         if error.status_code == 404:
-            message = f"Unknown request URL: {where}. See /docs for what is served here."
+            path = meant(request.scope["path"])
+            hint = f"Did you mean {path[:200]}? A client's base_url ends in /v1." if path else SEE_DOCS
+            message = f"Unknown request URL: {where}. {hint}"
             return error_response(404, INVALID, FRAMEWORK[404][0], message)
         if error.status_code == 405:
             message = f"Not allowed method: {where}. Allowed: {(error.headers or {}).get('Allow', 'see /docs')}."

@@ -60,6 +60,13 @@ async def get_model(
     return ORJSONResponse(model_body(model.spec, name, int(info.created_at.timestamp()), parent=model.id))
 
 
+@router.head("/", include_in_schema=False)
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """For people with a browser, and load balancers that look here unless told otherwise."""
+    return ORJSONResponse({"service": "cde-server", "docs": "/docs", "models": "/v1/models", "ready": "/ready"})
+
+
 @router.head("/health", include_in_schema=False)
 @router.head("/health/live", include_in_schema=False)
 @router.get("/health")

@@ -25,6 +25,9 @@ class ORJSONResponse(Response):
         return orjson.dumps(content)
 
 
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "a boolean", type(None): "null"}
+
+
 def _checked_input(value: Any) -> Any:
     """A string, [string], [int] or [[int]]; the message never repeats what was sent."""
     if isinstance(value, str):
@@ -44,9 +47,19 @@ def _checked_input(value: Any) -> Any:
         return value
     if all(type(item) is list and item and all(type(t) is int for t in item) for item in value):
         return value
-    raise PydanticCustomError(
-        "input", "the items must all be strings, all token ids, or all non-empty lists of token ids"
+    first = _kind(value[0])
+    odd = next((f", and item {i} is {_kind(item)}" for i, item in enumerate(value) if _kind(item) != first), "")
+    reason = (
+        f"the items must all be strings, all token ids, or all non-empty lists of token ids; item 0 is {first}{odd}"
     )
+    raise PydanticCustomError("input", "{reason}", {"reason": reason})
+
+
+def _kind(item: Any) -> str:
+    """In JSON's words."""
+    if isinstance(item, list):
+        return "a list of token ids" if item and all(type(t) is int for t in item) else "another list"
+    return _KINDS.get(type(item), "an object")
 
 
 Input = Annotated[

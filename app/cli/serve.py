@@ -14,8 +14,10 @@ from app.main import application
 from app.preflight import check
 from app.serving import allow_files
 from app.settings import Settings
-from app.settings_sources import load_settings
+from app.settings_sources import find_vocabulary, load_settings
 from app.telemetry.logs import configure_logging
+
+log = logging.getLogger(__name__)
 
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
@@ -71,6 +73,11 @@ def run(settings: Settings) -> None:
         failures.append(error)
         server.end()
 
+    if settings.token_ids == "cl100k_base" and not find_vocabulary():  # noqa: S105 - no password
+        log.warning(
+            "tiktoken's cl100k_base is not on this machine: clients that send token ids, as LangChain does, get a 400 "
+            "unless it can be fetched when they do. `make` and the image bring it; else put it into TIKTOKEN_CACHE_DIR"
+        )
     allow_files(settings.limits)
     lifecycle = Server(settings, failed)
     server = DrainingServer(application(lifecycle), lifecycle)

@@ -35,6 +35,9 @@ def test_keys_and_scopes(tmp_path: Path) -> None:
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
             assert "k-reader" not in response.text
+            assert ("Authorization header is not as expected" in response.text) == (
+                given in (b"Basic k-reader", b"Bearer", b"k-reader")
+            )
         assert http.post("/v1/embeddings", json=body, headers=auth("k-reader")).is_success
         assert http.get("/v1/models", headers=auth("k-writer")).is_success
         assert http.get("/v1/contexts", headers=auth("k-reader")).is_success

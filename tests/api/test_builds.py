@@ -157,6 +157,18 @@ def test_diverse_documents_cover_more(http: httpx.Client) -> None:
     assert apart.min() >= radius - 1e-5, "a chosen one is farther from the others than what was left out"
 
 
+def test_a_diverse_one_in_progress_is_found_again_where_it_said(slow: httpx.Client) -> None:
+    """Its id is that of the documents it will have chosen."""
+    body = {"name": "wide-later", "documents": LONG, "selection": {"method": "diverse"}}
+    begun = slow.post("/v1/contexts", params={"wait": "false"}, json=body)
+    assert (begun.status_code, begun.json()["id"]) == (202, None)
+    path = begun.headers["location"]
+    assert path == "/v1/contexts/wide-later.1"
+    done = when_done(slow, path.rpartition("/")[2])
+    assert done["status"] == "completed"
+    assert done["id"].startswith("ctx_")
+
+
 def test_diverse_with_few_documents_takes_them_all(http: httpx.Client) -> None:
     body = create(http, "few", ANIMALS, selection={"method": "diverse"}).json()
     assert body["selection"] == {"method": "diverse", "seed": 0, "candidates": 12, "coverage_radius": 0.0}
@@ -212,7 +224,7 @@ def test_compatibility_is_a_number(http: httpx.Client) -> None:
         ("animals-a", {"with": "nothing", "texts": ["x"]}, 400, "with"),
         ("animals-a", {"with": "animals-a", "texts": []}, 400, "texts"),
         ("animals-a", {"texts": ["x"]}, 400, "with"),
-        ("animals-a", {"with": "animals-a", "texts": [""]}, 400, "texts.0"),
+        ("animals-a", {"with": "animals-a", "texts": [""]}, 400, "texts[0]"),
     ],
 )
 def test_what_cannot_be_compared(http: httpx.Client, ref: str, body: dict[str, Any], status: int, param: str) -> None:

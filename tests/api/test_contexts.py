@@ -99,7 +99,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
         ({"name": "x"}, "documents"),
         ({"name": "x", "documents": []}, "documents"),
         ({"name": "x", "documents": ["", " \n"], "model": V1}, "documents"),
-        ({"name": "x", "documents": [1]}, "documents.0"),
+        ({"name": "x", "documents": [1]}, "documents[0]"),
         ({"name": "Ünicode", "documents": ["a"]}, "name"),
         ({"name": "x", "documents": ["a"], "selection": {"method": "best"}}, "selection.method"),
         ({"name": "x", "documents": ["a"], "metadata": {"k" * 65: "v"}}, None),
@@ -142,6 +142,18 @@ def test_versions_rollback_and_delete(http: httpx.Client) -> None:
     assert http.delete("/v1/contexts/moving", params=params).status_code == 200
     gone = http.post("/v1/embeddings", json={"model": V1, "context": "moving", "input": "x"})
     assert (gone.status_code, gone.json()["error"]["code"]) == (400, "context_not_found")
+
+
+def test_what_answers_without_a_name_is_not_deleted(http: httpx.Client) -> None:
+    params = {"model": V1}
+    refused = http.delete("/v1/contexts/default", params=params)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_in_use")
+    assert "contexts.default" in refused.json()["error"]["message"]
+    assert http.post("/v1/embeddings", json={"model": V1, "input": "x"}).headers["x-context-name"] == "default"
+    other = create(http, "default", ANIMALS).json()
+    assert http.post("/v1/embeddings", json={"model": V1, "input": "x"}).headers["x-context-id"] == other["id"]
+    assert http.post("/v1/contexts/default/rollback", json={"version": 1, "model": V1}).status_code == 200
+    assert http.delete(f"/v1/contexts/{other['id']}", params=params).status_code == 200, "a version that is not used"
 
 
 def test_the_listing_pages_through_everything(http: httpx.Client) -> None:

@@ -126,6 +126,20 @@ def test_sources_that_disagree_are_named(http: httpx.Client) -> None:
     assert response.status_code == 400
 
 
+@pytest.mark.parametrize(("name", "values"), [("X-Context", "animals cooking"), ("X-Input-Type", "query document")])
+def test_a_header_that_comes_twice_says_one_thing(http: httpx.Client, name: str, values: str) -> None:
+    first, second = values.split()
+
+    def sent(*given: str) -> httpx.Response:
+        headers = [(name, value) for value in given]
+        return http.post("/v1/embeddings", json={"model": BUILTIN, "input": "x"}, headers=headers)
+
+    assert sent(first, first).status_code == httpx.codes.OK
+    refused = sent(first, second)
+    assert refused.status_code == httpx.codes.BAD_REQUEST
+    assert f"{first} and {second}" in refused.json()["error"]["message"]
+
+
 def test_input_type_decides_the_prompt(http: httpx.Client) -> None:
     model = "v2-tiny-c16@animals"
     document = vectors(post(http, model=model, input="owl", input_type="document"))

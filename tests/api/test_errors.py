@@ -49,7 +49,9 @@ BODIES: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
     ({"model": BUILTIN, "input": ["a", ""]}, 400, None, "input", "item 1"),
     ({"model": BUILTIN, "input": [[]]}, 400, None, "input", "non-empty"),
     ({"model": BUILTIN, "input": ["a", 1]}, 400, None, "input", "all"),
-    ({"model": BUILTIN, "input": [True]}, 400, None, "input", "all"),
+    ({"model": BUILTIN, "input": ["a"] * 700 + [None]}, 400, None, "input", "item 0 is a string, and item 700 is null"),
+    ({"model": BUILTIN, "input": [[1], ["a"]]}, 400, None, "input", "item 1 is another list"),
+    ({"model": BUILTIN, "input": [True]}, 400, None, "input", "item 0 is a boolean"),
     ({"model": BUILTIN, "input": [1.5]}, 400, None, "input", "all"),
     ({"model": BUILTIN, "input": {"text": "x"}}, 400, None, "input", "string"),
     ({"model": BUILTIN, "input": ["x"] * 2049}, 400, None, "input", "2048"),
@@ -61,6 +63,9 @@ BODIES: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
     ({"model": BUILTIN, "input": "x", "truncate": "start"}, 400, None, "truncate", "end"),
     ({"model": BUILTIN, "input": "x", "contxt": "y"}, 400, "unknown_parameter", "contxt", "Did you mean 'context'?"),
     ({"model": BUILTIN, "input": "x", "zzz": 1}, 400, "unknown_parameter", "zzz", "Known: input"),
+    ({"model": BUILTIN, "texts": "x"}, 400, "unknown_parameter", "texts", "Known: input"),
+    ({"model": BUILTIN, "input": "x", "context": {"documents": ["a", 1]}}, 400, None, "context.documents[1]", "string"),
+    ({"model": BUILTIN, "input": "x", "context": "default.99"}, 400, "context_not_found", "context", "/versions"),
     ({"model": BUILTIN, "input": "x", "context": {"documents": []}}, 400, None, "context.documents", "1 item"),
     ({"model": BUILTIN, "input": "x", "context": {"docs": ["a"]}}, 400, None, "context.documents", "Missing"),
     ({"model": BUILTIN, "input": "x", "context": "No Such"}, 400, None, "context", "name.version"),
@@ -73,7 +78,15 @@ BODIES: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
     ),
     ({"model": BUILTIN, "input": "x", "context": MISSING}, 400, "context_not_found", "context", MISSING),
     ({"model": f"{BUILTIN}@none-such", "input": "x"}, 404, "context_not_found", "model", "none-such"),
-    ({"model": "gpt-9", "input": "x"}, 404, "model_not_found", "model", "Served: "),
+    (
+        {"model": "gpt-9", "input": "x"},
+        404,
+        "model_not_found",
+        "model",
+        "Served: builtin/minilm-context, minilm-context",
+    ),
+    ({"model": f"{V1}:passage", "input": "x"}, 404, "model_not_found", "model", "one of query, document, none"),
+    ({"model": f"{V1}@default:passage", "input": "x"}, 404, "model_not_found", "model", "one of query, document, none"),
     ({"model": BUILTIN, "input": "x " * 300}, 400, "context_length_exceeded", "input", "maximum context length is 256"),
     ({"model": V1, "input": "x", "context": {"documents": [" "]}}, 400, None, "context", "at least one document"),
 ]
@@ -100,7 +113,9 @@ def test_wrong_media_type(http: httpx.Client) -> None:
     response = http.post(
         "/v1/embeddings", content="model=x", headers={"Content-Type": "application/x-www-form-urlencoded"}
     )
-    check(response, 415, "unsupported_media_type", None, "application/json")
+    check(response, 415, "unsupported_media_type", None, "application/json is expected")
+    response = http.post("/v1/contexts", content="a\n", headers={"Content-Type": "text/plain"})
+    check(response, 415, "unsupported_media_type", None, "application/json or application/x-ndjson")
     response = http.put("/v1/contexts/x/embeddings", content="x", headers={"Content-Type": "text/html"})
     check(response, 415, "unsupported_media_type", None, "safetensors")
 
@@ -108,7 +123,7 @@ def test_wrong_media_type(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/nothing", 404, "unknown_url"),
         ("GET", "/v1/nothing", 404, "unknown_url"),
         ("POST", "/v1/embedding", 404, "unknown_url"),
         ("GET", "/v1/embeddings", 405, "method_not_supported"),
@@ -120,6 +135,41 @@ def test_unknown_paths_and_methods(http: httpx.Client, method: str, path: str, s
     response = http.request(method, path)
     check(response, status, code, None, f"{method} {path}")
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("path", ["/embeddings", "/v1/v1/embeddings", "/embeddings/"])
+def test_a_base_url_that_lacks_v1_or_has_it_twice_is_guessed(http: httpx.Client, path: str) -> None:
+    check(http.post(path, json={}), 404, "unknown_url", None, "Did you mean /v1/embeddings?")
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/contexts//", "/health/", "/", "/ready/", "/docs/"])
+def test_a_slash_at_the_end_changes_nothing(http: httpx.Client, path: str) -> None:
+    """No redirect: it would name this server as it calls itself, which is not what a client behind a proxy calls it."""
+    assert http.get(path).status_code == httpx.codes.OK
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/embeddings?context=legal", "'context' goes into the JSON body"),
+        ("/v1/contexts?dry_run=true", "'dry_run' goes into the JSON body"),
+        ("/v1/contexts?model=nope&name=x", "'name' goes into the JSON body"),
+    ],
+)
+def test_a_field_of_the_body_in_the_query_string_is_not_passed_over(http: httpx.Client, path: str, words: str) -> None:
+    body = {"model": BUILTIN, "input": "x"} if "embeddings" in path else {"name": "stray", "documents": ["a"]}
+    check(http.post(path, json=body), 400, None, words.split("'")[1], words)
+    assert http.get("/v1/contexts/stray").status_code == httpx.codes.NOT_FOUND
+
+
+def test_a_parameter_of_the_query_string_in_the_body_is_told_where_it_goes(http: httpx.Client) -> None:
+    response = http.post("/v1/contexts", json={"name": "stray", "documents": ["a"], "wait": False})
+    check(response, 400, "unknown_parameter", "wait", "into the query string: ?wait=…")
+
+
+def test_selectors_where_a_model_is_named_alone(http: httpx.Client) -> None:
+    response = http.post("/v1/contexts", json={"name": "stray", "documents": ["a"], "model": f"{V1}:query"})
+    check(response, 404, "model_not_found", "model", "without @CONTEXT and :INPUT_TYPE")
 
 
 @pytest.mark.parametrize(

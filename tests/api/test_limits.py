@@ -389,7 +389,7 @@ def test_values_have_a_limit_and_commas_in_texts_do_not_count(http: httpx.Client
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"name": "x", "documents": [1] * 500_000}, "documents.0"),
+        ({"name": "x", "documents": [1] * 500_000}, "documents[0]"),
         ({"name": "x", "documents": ["a"], "metadata": {str(i): 1 for i in range(100_000)}}, "metadata"),
         ({"name": "x", "documents": ["a"], "selection": {str(i): 1 for i in range(100_000)}}, "selection"),
         ({"name": "x", "documents": ["a"], "metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64),

@@ -1,5 +1,6 @@
 """Layers: defaults < file < environment < command line; cross-checks; readable complaints."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from pydantic import ValidationError
 
 from app.errors import ConfigError
 from app.settings import Settings
-from app.settings_sources import load_settings
+from app.settings_sources import VOCABULARY, find_vocabulary, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,24 @@ def test_models_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_wrong_is_named(overrides: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_settings(overrides)
+
+
+def test_the_vocabulary_that_came_with_the_installation_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "venv"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.environ", {})
+    assert not find_vocabulary()
+    beside = tmp_path / "venv" / "share" / "tiktoken"
+    for folder in (beside, tmp_path / "own"):
+        folder.mkdir(parents=True)
+        (folder / VOCABULARY).touch()
+    assert find_vocabulary()
+    assert os.environ == {"TIKTOKEN_CACHE_DIR": str(beside)}
+    for folder, there in ((tmp_path / "own", True), (tmp_path / "nowhere", False)):
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+        assert find_vocabulary() is there, "another folder that is named is where tiktoken looks"
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
