@@ -7,6 +7,7 @@ from importlib.resources import files
 
 from app.building import ContextBuilder, Plan
 from app.builds import Builds
+from app.context_refs import check_name
 from app.contexts import Contexts, check_completed
 from app.domain import (
     DATASET_EMBEDDINGS,
@@ -25,7 +26,7 @@ from app.domain import (
 from app.errors import ContextInUse, ContextNotFound, InvalidRequest
 from app.models.base import InvalidContext, check_arrays
 from app.payloads import id_of_arrays
-from app.registry import ServedModel, check_name
+from app.registry import ServedModel
 from app.selection import Minicorpus, select
 from app.stores.base import Begun, ContextStore, NewContext
 from app.stores.threads import StoreThreads

@@ -13,11 +13,12 @@ from typing import TypeVar
 from starlette.datastructures import State
 
 from app.assembly import Parts, assemble, engine_of, load_replicas
+from app.context_refs import parse_ref
 from app.domain import DEFAULT_CONTEXT, Stage
 from app.engine.workers import Problem
 from app.errors import NotReady, ServiceError, ShuttingDown, StartupError, StoreError, UnknownContextNamed
 from app.references import References
-from app.registry import ServedModel, parse_ref
+from app.registry import ServedModel
 from app.selfcheck import check
 from app.settings import Settings
 from app.stores.database import Database

@@ -8,16 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save
-from safetensors.torch import load
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, Selection, TokenizedText
 
 MAX_HEADER_BYTES = 2**16
 """Of a safetensors file; a context holds a handful of arrays, and a header may name millions of empty ones."""
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def to_safetensors(arrays: Arrays) -> bytes:
@@ -25,7 +22,9 @@ def to_safetensors(arrays: Arrays) -> bytes:
 
 
 def from_safetensors(data: bytes) -> Arrays:
-    """Float arrays of any width, as float32. Raises ValueError."""
+    """Float arrays of 16 bits and more, as float32. Raises ValueError."""
+    from safetensors.torch import load  # noqa: PLC0415 - torch takes seconds, and commands import this module for less
+
     if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
         raise ValueError(f"not a safetensors file of a context: its header is over {MAX_HEADER_BYTES} bytes")
     try:
@@ -33,7 +32,7 @@ def from_safetensors(data: bytes) -> Arrays:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
             raise ValueError(f"tensor {name!r} is {tensor.dtype}; floats are expected")
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 

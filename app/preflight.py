@@ -7,9 +7,10 @@ from sqlalchemy.exc import ArgumentError
 
 from app.api.auth import Keyring
 from app.assembly import devices_of, options_of, served_names
+from app.context_refs import parse_ref
 from app.errors import CheckpointError, ConfigError, InvalidRequest
 from app.models.loading import check_options
-from app.registry import check_distinct, parse_ref
+from app.registry import check_distinct
 from app.settings import Settings
 
 

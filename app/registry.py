@@ -1,17 +1,12 @@
 """The served models, and what a model name asks for: `MODEL[@CONTEXT[.VERSION]][:INPUT_TYPE]`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.domain import ContextRef, InputType, ModelSpec
-from app.errors import ConfigError, InvalidRequest, ModelNotFound
+from app.domain import InputType, ModelSpec
+from app.errors import ConfigError, ModelNotFound
 from app.models.base import TwoStageModel
 from app.tokenization import TextTokenizer
-
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_ID = re.compile(r"ctx_[0-9a-f]{32}")
-_VERSIONED = re.compile(rf"({NAME.pattern})\.([1-9][0-9]{{0,8}})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +85,3 @@ def check_distinct(names_of_models: Sequence[Sequence[str]]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"Several models are called {', '.join(twice)}: set served_name or aliases of one of them")
-
-
-def parse_ref(text: str, *, param: str | None = "context") -> ContextRef:
-    """An id, a name or name.version. Raises InvalidRequest."""
-    if _ID.fullmatch(text):
-        return ContextRef(text, id=text)
-    if NAME.fullmatch(text):
-        return ContextRef(text, name=text)
-    versioned = _VERSIONED.fullmatch(text)
-    if versioned:
-        return ContextRef(text, name=versioned[1], version=int(versioned[2]))
-    raise InvalidRequest(
-        "A context is named by its id (ctx_…), its name (a-z, 0-9, '_' and '-', at most 63, beginning with a letter "
-        "or digit) or name.version.",
-        param=param,
-    )
-
-
-def check_name(name: str) -> str:
-    """A name a new context may have. Raises InvalidRequest."""
-    if not NAME.fullmatch(name) or name.startswith("ctx_"):
-        raise InvalidRequest(
-            "Invalid 'name': a context's name is made of a-z, 0-9, '_' and '-', at most 63 of them, and begins with a "
-            "letter or digit, and not with ctx_.",
-            param="name",
-        )
-    return name

@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from app.context_refs import parse_ref
 from app.contexts import Contexts
 from app.domain import DEFAULT_CONTEXT, ContextInfo, Embeddings, InputType, Payload, TokenizedText
 from app.embed_request import EmbedRequest, agreed, dimensions_of, input_type_of, quoted
@@ -19,7 +20,7 @@ from app.errors import (
     TooManyTokens,
     UnknownContextNamed,
 )
-from app.registry import ModelChoice, Registry, ServedModel, parse_ref
+from app.registry import ModelChoice, Registry, ServedModel
 from app.telemetry.metrics import count_embeddings
 from app.telemetry.requests import note, part
 from app.token_ids import Cl100k, VocabularyMissing

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"models", "domain", "errors", "machine", "tokenization"},
     "engine": {"engine", "domain", "errors", "telemetry", "models.base"},
     "stores": {"stores", "domain", "errors", "payloads", "telemetry"},
+    "context_refs": {"domain", "errors"},
     "registry": {"domain", "errors", "models.base", "tokenization"},
     "building": {"domain", "errors", "payloads", "registry", "selection", "engine", "telemetry"},
     "builds": {"building", "domain", "errors", "registry", "stores.base", "stores.threads", "telemetry"},
@@ -48,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {
         "building",
         "builds",
+        "context_refs",
         "contexts",
         "domain",
         "errors",
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "embed_request": {"domain", "errors", "registry"},
     "service": {
         "embed_request",
+        "context_refs",
         "contexts",
         "domain",
         "errors",
@@ -118,6 +121,7 @@ ALLOWED: dict[str, set[str]] = {
         "batches",
         "catalog",
         "compatibility",
+        "context_refs",
         "contexts",
         "domain",
         "embed_request",

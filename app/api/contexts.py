@@ -31,11 +31,12 @@ from app.api.intake import incoming
 from app.api.openapi import arrays, takes
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
+from app.context_refs import check_name, parse_ref
 from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import InvalidRequest, UnsupportedMediaType
 from app.json_text import InvalidJson, parse_json
 from app.payloads import from_npy, from_safetensors, to_npy, to_safetensors
-from app.registry import Registry, ServedModel, check_name, parse_ref
+from app.registry import Registry, ServedModel
 from app.selection import Minicorpus
 
 router = APIRouter(tags=["contexts"], dependencies=[Depends(admitted)])

@@ -14,9 +14,9 @@ from app.api.body import json_body
 from app.api.dependencies import CatalogOf, ContextsOf, Namespace, RegistryOf, SettingsOf, admitted, lifecycle
 from app.api.openapi import takes
 from app.api.schemas import ORJSONResponse, TokenizeRequest, model_body
+from app.context_refs import parse_ref
 from app.domain import ContextInfo, InputType, ModelSpec
 from app.errors import ContextModelMismatch, ContextNotFound, InvalidRequest, TooManyTokens, UnknownContextNamed
-from app.registry import parse_ref
 
 router = APIRouter(tags=["operations"])
 served = APIRouter(tags=["models"], dependencies=[Depends(admitted)])

@@ -27,6 +27,7 @@ from app.cli.options import (
     messages,
     progress,
 )
+from app.context_refs import parse_ref
 from app.corpora import TEXT_SUFFIXES, read_records
 from app.domain import Arrays, InputType, Payload, Selection, Space
 from app.embedding_files import PartialVectors, describe
@@ -35,7 +36,6 @@ from app.models.base import InvalidContext
 from app.models.loading import LoadOptions
 from app.offline import Offline
 from app.payloads import from_npy, from_safetensors
-from app.registry import parse_ref
 from app.scale.job import Recipe
 from app.settings_sources import load_settings
 from app.stores.database import Database

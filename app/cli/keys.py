@@ -8,8 +8,8 @@ import typer
 
 from app.api.auth import ALL_SCOPES
 from app.cli.options import messages
+from app.context_refs import NAME
 from app.domain import SHARED
-from app.registry import NAME
 
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 

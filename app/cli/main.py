@@ -1,35 +1,61 @@
 """The command line's root. Exit codes: 0 done, 1 failed, 2 wrong usage or settings."""
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from app.cli.bench import bench
-from app.cli.contexts import contexts
-from app.cli.embed import embed
-from app.cli.evaluate import agreement, evaluate
-from app.cli.keys import keys
-from app.cli.serve import check_config, serve
-from app.cli.verify import verify
 from app.corpora import BadCorpus
 from app.errors import ConfigError, ServiceError, StartupError, StoreError
 
+# Where each command is, and its line in the help. Most need torch, which takes seconds to import.
+COMMANDS = {
+    "serve": ("serve:serve", "Serve models over HTTP."),
+    "embed": ("embed:embed", "Embed texts. A run that was cut short goes on where it stopped."),
+    "eval": ("evaluate:evaluate", "nDCG@10 and Recall@100 without, with its own, and with a foreign context."),
+    "verify": ("verify:verify", "Hold vectors against known ones; exit 1 where they differ."),
+    "agreement": ("evaluate:agreement", "Exact against frozen context attention on your own texts."),
+    "check-config": ("serve:check_config", "Read and check the settings as `serve` would, and print them."),
+    "bench": ("bench:bench", "Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server."),
+    "contexts": ("contexts:contexts", "Contexts of a running server; check: the store it keeps them in."),
+    "keys": ("keys:keys", "API keys."),
+}
+
+
+class _Root(TyperGroup):
+    """Imports the command that was asked for, and no other."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else _imported(name), rest
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found = getattr(import_module(f"app.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_group(found)
+    single = typer.Typer(add_completion=False)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+def _listed() -> None:
+    """Stands in the help for a command that is not imported yet."""
+
+
 app = typer.Typer(
+    cls=_Root,
     help="Contextual document embeddings behind OpenAI's embeddings API.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(serve)
-app.command()(embed)
-app.command("eval")(evaluate)
-app.command()(verify)
-app.command()(agreement)
-app.command("check-config")(check_config)
-app.add_typer(bench, name="bench")
-app.add_typer(contexts, name="contexts")
-app.add_typer(keys, name="keys")
+for _name, (_, _line) in COMMANDS.items():
+    app.command(_name, help=_line)(_listed)
 
 
 def main() -> None:

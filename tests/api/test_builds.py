@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from app.context_refs import parse_ref
 from app.domain import ContextStatus, Space
-from app.registry import parse_ref
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from tests.api.test_contexts import NDJSON, create, start_process

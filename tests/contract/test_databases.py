@@ -8,8 +8,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
+from app.context_refs import parse_ref
 from app.errors import StoreError
-from app.registry import parse_ref
 from app.stores import batch_tables  # noqa: F401 - its tables are on the metadata
 from app.stores.database import Database, connect
 from app.stores.sql import SqlContextStore

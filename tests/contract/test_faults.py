@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.engine import make_url
 
+from app.context_refs import parse_ref
 from app.errors import StoreError
-from app.registry import parse_ref
 from app.stores import faults, postgresql, sqlite
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged, StoreAway, StoreBusy, StoreDamaged, StoreFull, StoreReadOnly

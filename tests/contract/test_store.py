@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.context_refs import parse_ref
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
-from app.registry import parse_ref
 from app.stores import rows
 from app.stores.base import LEASE_SECONDS, Begun, Built, ContextStore, NewContext
 

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli import main as cde_server
+from app.context_refs import parse_ref
 from app.domain import DATASET_EMBEDDINGS, ContextStatus, Space
-from app.registry import parse_ref
 from app.stores.checks.database import check_store
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore

@@ -12,9 +12,10 @@ import pytest
 from app import builds
 from app.building import ContextBuilder, Outcome, Plan
 from app.builds import Builds
+from app.context_refs import parse_ref
 from app.domain import ContextStatus, Selection
 from app.errors import StoreError
-from app.registry import ServedModel, parse_ref
+from app.registry import ServedModel
 from app.stores import faults
 from app.stores.base import Begun
 from app.stores.database import Database

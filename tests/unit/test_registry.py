@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.context_refs import check_name, parse_ref
 from app.domain import InputType
 from app.errors import InvalidRequest, ModelNotFound
 from app.models.base import TwoStageModel
-from app.registry import Registry, ServedModel, check_name, parse_ref
+from app.registry import Registry, ServedModel
 from app.tokenization import TextTokenizer
 
 
