@@ -87,11 +87,15 @@ def find_vocabulary() -> bool:
 def _check_variables() -> None:
     """A group that does not exist would be passed over in silence; a setting in a group would not."""
     for variable in os.environ:
-        group = variable.lower().removeprefix(PREFIX.lower()).partition("__")[0]
-        if variable.lower().startswith(PREFIX.lower()) and group not in Settings.model_fields:
+        name = variable.lower()
+        path = name.removeprefix("cde_").removeprefix("_")
+        group = path.partition("__")[0]
+        if name.startswith(PREFIX.lower()) and group not in Settings.model_fields:
             raise ConfigError(
                 f"{variable}: there is no setting {group!r}; there are {', '.join(Settings.model_fields)}"
             )
+        if name == f"cde_{path}" and group in Settings.model_fields:
+            raise ConfigError(f"{variable} is no setting: write {PREFIX}{path.upper()}, with two underscores")
 
 
 def _not_json(error: SettingsError) -> str:

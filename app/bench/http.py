@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import httpx
@@ -23,7 +23,7 @@ class Load:
 
     url: str
     model: str
-    api_key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
     texts: int = 1
     words: int = 20
     timeout: float = 120.0
@@ -37,6 +37,8 @@ class Outcome:
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     refused: Counter[int] = field(default_factory=Counter)
+    said: str = ""
+    """About the last of those."""
 
     @property
     def texts_per_second(self) -> float:
@@ -86,23 +88,26 @@ async def _as_coroutine(awaitable: Awaitable[None]) -> None:
 
 async def _run(load: Load, drive: Callable[[Callable[[int, float], Awaitable[None]]], Awaitable[None]]) -> Outcome:
     outcome = Outcome(load.texts)
-    headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     # A run of its own: words that no run before had, so that no cache answers.
     run = time.time_ns()
-    async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=load.timeout, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=load.url, headers=load.headers, timeout=load.timeout, limits=limits
+    ) as client:
 
         async def ask(number: int, due: float) -> None:
             body = {"model": load.model, "input": _texts(load, f"{run} {number}"), "encoding_format": "base64"}
             try:
                 response = await client.post("/v1/embeddings", json=body)
-            except httpx.HTTPError:
+            except httpx.HTTPError as error:
                 outcome.refused[0] += 1
+                outcome.said = str(error) or type(error).__name__
                 return
             if response.status_code == httpx.codes.OK:
                 outcome.latencies.append(time.perf_counter() - due)
             else:
                 outcome.refused[response.status_code] += 1
+                outcome.said = response.text[:500]
 
         started = time.perf_counter()
         await drive(ask)

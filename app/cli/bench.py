@@ -15,6 +15,7 @@ from app.bench.compute import VARIANTS, Comparison, Row
 from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
+from app.cli.client import LOCAL, KeyOption, UrlOption, address, bearer
 from app.cli.options import RevisionOption, messages
 from app.models.loading import LoadOptions, check_device
 
@@ -153,8 +154,8 @@ def _shown(value: float | None, form: str) -> str:
 @bench.command()
 def http(
     *,
-    url: Annotated[str, typer.Option(envvar="CDE_URL", help="The server")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(envvar="CDE_API_KEY")] = None,
+    url: UrlOption = LOCAL,
+    api_key: KeyOption = None,
     model: Annotated[str, typer.Option(help="MODEL[@CONTEXT][:INPUT_TYPE]")] = "minilm-context",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long")] = 20.0,
     clients: Annotated[int, typer.Option(min=1, help="Closed loop: how many ask at once")] = 8,
@@ -163,14 +164,15 @@ def http(
     words: Annotated[int, typer.Option(min=1, help="Words of a text, about")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Load on a running server: texts a second and latencies."""
-    load = Load(url, model, api_key, texts, words)
+    """Load on a running server: texts a second and latencies. Exit code 1: nothing was answered."""
+    load = Load(address(url), model, bearer(api_key), texts, words)
     run = (
         closed_loop(load, clients=clients, seconds=seconds)
         if rate is None
         else open_loop(load, rate=rate, seconds=seconds)
     )
-    report = _report(asyncio.run(run))
+    outcome = asyncio.run(run)
+    report = _report(outcome)
     if as_json:
         typer.echo(orjson.dumps(report).decode())
     else:
@@ -178,6 +180,9 @@ def http(
         for name, value in report.items():
             table.add_row(name, str(value))
         Console().print(table)
+    if not outcome.latencies:
+        messages.print(f"error: nothing was answered by {load.url}: {outcome.said}", style="red", markup=False)
+        raise typer.Exit(1)
 
 
 def _report(outcome: Outcome) -> dict[str, float | dict[str, int]]:

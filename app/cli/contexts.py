@@ -13,55 +13,16 @@ from rich.table import Table
 
 from app.api.schemas import NPY, SAFETENSORS
 from app.cli.check import check
+from app.cli.client import LOCAL, KeyOption, Server, UrlOption
 from app.cli.options import messages, progress
 from app.corpora import read_records
 
 contexts = typer.Typer(help="Contexts of a running server; check: the store it keeps them in.", no_args_is_help=True)
 contexts.command()(check)
 
-UrlOption = Annotated[str, typer.Option(envvar="CDE_URL", help="The server")]
-KeyOption = Annotated[str | None, typer.Option(envvar="CDE_API_KEY", help="API key, where the server wants one")]
 ForModel = Annotated[str | None, typer.Option("--model", help="Whose context; absent: the server's default model's")]
 
-LOCAL = "http://127.0.0.1:8000"
-CONNECT_SECONDS = 10.0
 WIDE = 240
-
-
-class Server:
-    """The server's API; a refusal ends the command with its message."""
-
-    def __init__(self, url: str, key: str | None, model: str | None) -> None:
-        self._url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._params = {"model": model} if model else {}
-
-    def call(
-        self,
-        method: str,
-        path: str,
-        *,
-        params: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None,
-        content: bytes | Iterator[bytes] | None = None,
-    ) -> httpx.Response:
-        """Raises typer.Exit."""
-        try:
-            response = httpx.request(
-                method,
-                self._url + path,
-                params=self._params | (params or {}),
-                headers=self._headers | (headers or {}),
-                content=content,
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # a build takes as long as it takes
-            )
-        except httpx.HTTPError as error:
-            messages.print(f"error: {self._url} does not answer: {error}", style="red", markup=False)
-            raise typer.Exit(1) from error
-        if response.is_error:
-            messages.print(f"error: {_message(response)}", style="red", markup=False)
-            raise typer.Exit(1)
-        return response
 
 
 @contexts.command()
@@ -100,24 +61,44 @@ def create(
 @contexts.command("list")
 def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """The version each name points at."""
-    table = Table("name", "version", "model", "id", "documents", "bytes")
+    found: list[dict[str, Any]] = []
     server, after, more = Server(url, api_key, model), None, True
     while more:
         page = server.call("GET", "/v1/contexts", params={"limit": 100} | ({"after": after} if after else {})).json()
-        for c in page["data"]:
-            chosen, received = c["documents"]["chosen"], c["documents"]["received"]
-            table.add_row(
-                c["name"], str(c["version"]), c["model"], c["id"], f"{chosen} of {received}", str(c["usage_bytes"])
-            )
+        found += page["data"]
         after, more = page["last_id"], page["has_more"]
-    # A pipe has no width: nothing is cut there.
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    _print_table(found)
 
 
 @contexts.command()
 def show(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """One context, by name, name.version or id."""
     _show(Server(url, api_key, model).call("GET", f"/v1/contexts/{ref}").json())
+
+
+@contexts.command()
+def versions(name: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
+    """All versions of a name, newest first."""
+    _print_table(Server(url, api_key, model).call("GET", f"/v1/contexts/{name}/versions").json()["data"])
+
+
+@contexts.command()
+def rollback(
+    name: str,
+    version: Annotated[int, typer.Argument(min=1)],
+    *,
+    url: UrlOption = LOCAL,
+    api_key: KeyOption = None,
+    model: ForModel = None,
+) -> None:
+    """Point a name at one of its versions."""
+    response = Server(url, api_key, model).call(
+        "POST",
+        f"/v1/contexts/{name}/rollback",
+        content=orjson.dumps({"version": version}),
+        headers={"Content-Type": "application/json"},
+    )
+    _show(response.json())
 
 
 @contexts.command()
@@ -130,8 +111,9 @@ def delete(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model
 @contexts.command()
 def export(ref: str, file: Path, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """Its arrays to a file: .safetensors or .npy."""
-    accept = NPY if file.suffix.lower() == ".npy" else SAFETENSORS
-    response = Server(url, api_key, model).call("GET", f"/v1/contexts/{ref}/embeddings", headers={"Accept": accept})
+    response = Server(url, api_key, model).call(
+        "GET", f"/v1/contexts/{ref}/embeddings", headers={"Accept": _kind(file)}
+    )
     file.write_bytes(response.content)
     messages.print(f"{ref} ({response.headers['x-context-id']}) is in {file}")
 
@@ -141,19 +123,29 @@ def import_(
     name: str, file: Path, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None
 ) -> None:
     """A context, or a new version of one, from dataset embeddings: .safetensors or .npy."""
-    kind = NPY if file.suffix.lower() == ".npy" else SAFETENSORS
     response = Server(url, api_key, model).call(
-        "PUT", f"/v1/contexts/{name}/embeddings", content=file.read_bytes(), headers={"Content-Type": kind}
+        "PUT", f"/v1/contexts/{name}/embeddings", content=file.read_bytes(), headers={"Content-Type": _kind(file)}
     )
     _show(response.json())
 
 
+def _kind(file: Path) -> str:
+    """Its media type. Raises typer.BadParameter."""
+    kinds = {".safetensors": SAFETENSORS, ".npy": NPY}
+    if file.suffix.lower() not in kinds:
+        raise typer.BadParameter(f"{file}: unknown kind of file; known: {', '.join(kinds)}")
+    return kinds[file.suffix.lower()]
+
+
+def _print_table(found: list[dict[str, Any]]) -> None:
+    table = Table("name", "version", "model", "status", "id", "documents", "bytes")
+    for c in found:
+        documents = f"{c['documents']['chosen']} of {c['documents']['received']}"
+        row = (c["name"], c["version"], c["model"], c["status"], c["id"] or "", documents, c["usage_bytes"])
+        table.add_row(*map(str, row))
+    # A pipe has no width: nothing is cut there.
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
 def _show(context: dict[str, Any]) -> None:
     Console(soft_wrap=True).print_json(orjson.dumps(context).decode())
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"

@@ -28,7 +28,7 @@ from app.cli.options import (
     progress,
 )
 from app.context_refs import parse_ref
-from app.corpora import TEXT_SUFFIXES, read_records
+from app.corpora import TEXT_SUFFIXES, BadCorpus, read_records
 from app.domain import Arrays, InputType, Payload, Selection, Space
 from app.embedding_files import PartialVectors, describe
 from app.errors import ConfigError
@@ -78,6 +78,7 @@ def embed(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     config: ConfigOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there")] = False,
 ) -> None:
     """Embed texts. A run that was cut short goes on where it stopped."""
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
@@ -85,15 +86,21 @@ def embed(
     context_of = partial(context_payload, given=context, seed=seed, config=config)
     on_ray = RayOptions(workers, num_cpus, num_gpus, tuple(keep or ()), part_rows)
     if engine is Engine.RAY:
+        if overwrite:
+            raise typer.BadParameter("--overwrite is not for --engine ray, which completes the output that is there")
         embed_on_ray(recipe, context_of, input_, output, on_ray)
     elif on_ray != RayOptions():
         raise typer.BadParameter("--workers, --num-cpus, --num-gpus, --keep and --part-rows are for --engine ray only")
     else:
+        if Path(output).exists() and not overwrite:
+            raise typer.BadParameter(f"{output} is there: choose another output, or replace it with --overwrite")
         _embed_here(recipe, context_of, Path(input_), Path(output))
 
 
 def _embed_here(recipe: Recipe, context_of: ContextOf, input_: Path, output: Path) -> None:
     total, digest = describe(input_)
+    if not total:
+        raise BadCorpus(f"{input_} holds no text")
     with Offline(recipe.model, recipe.options) as offline, progress() as bar:
         payload = context_of(offline)
         fingerprint = recipe.fingerprint(offline.spec, payload)

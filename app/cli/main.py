@@ -2,7 +2,8 @@
 
 import sys
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,19 +44,31 @@ def _imported(name: str) -> Any:
     return typer.main.get_command(single)
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cde-server {version('cde-server')}")
+        raise typer.Exit
+
+
 def _listed() -> None:
     """Stands in the help for a command that is not imported yet."""
 
 
 app = typer.Typer(
     cls=_Root,
-    help="Contextual document embeddings behind OpenAI's embeddings API.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 for _name, (_, _line) in COMMANDS.items():
     app.command(_name, help=_line)(_listed)
+
+
+@app.callback()
+def _options(
+    *, _: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it.")] = False
+) -> None:
+    """Contextual document embeddings behind OpenAI's embeddings API."""
 
 
 def main() -> None:
@@ -69,5 +82,8 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", style="red", markup=False)
     sys.exit(code)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from app.cli.contexts import Server
+from app.cli.client import Server
 from app.cli.options import ConfigOption, DeviceOption, DtypeOption, RevisionOption, SemanticsOption, messages
 from app.corpora import BadCorpus, read_records
 from app.domain import FloatArray

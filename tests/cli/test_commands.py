@@ -127,6 +127,11 @@ def test_contexts_against_a_server(run: Run, tmp_path: Path, server: str) -> Non
         run("contexts", "export", "kitchen", file, *there)
         copy = json.loads(run("contexts", "import", f"kitchen-{file[2:5]}", file, *there).stdout)
         assert copy["selection"]["method"] == "import"
+    there[1] += "/v1/"  # as OpenAI's clients are given it
+    run("contexts", "create", "kitchen", documents, "--seed", "4", *there)
+    rows = run("contexts", "versions", "kitchen", *there).stdout
+    assert rows.index("│ 2 ") < rows.index("│ 1 ")
+    assert json.loads(run("contexts", "rollback", "kitchen", "1", *there).stdout) == made
     run("contexts", "delete", "kitchen", *there)
     gone = run("contexts", "show", "kitchen", *there, code=1)
     assert "does not exist" in gone.output
@@ -194,8 +199,30 @@ def test_verify_notices_a_difference(run: Run, tmp_path: Path) -> None:
         (["serve", "--config", "nowhere.toml"], 2, "does not exist"),
         (["check-config", "--config", "nowhere.toml"], 2, "does not exist"),
         (["serve", "--model", "./nowhere", "--port", "0"], 2, "neither a folder nor a Hub id"),
-        (["embed", "--model", "x", "--input", "no.txt", "--input-type", "none", "--output", "x.npy"], 1, "no.txt"),
-        (["eval", "nowhere", "--model", "x"], 1, "nowhere"),
+        (
+            ["embed", "--model", "x", "--input", "no.txt", "--input-type", "none", "--output", "x.npy"],
+            1,
+            "error: no.txt:",
+        ),
+        (
+            ["embed", "--model", "minilm", "--input", "in.txt", "--input-type", "none", "--output", "x.npy"],
+            1,
+            "builtin/",
+        ),
+        (["embed", "--model", "x", "--input", "empty.txt", "--input-type", "none", "--output", "x.npy"], 1, "no text"),
+        (
+            ["embed", "--model", "x", "--input", "in.txt", "--input-type", "none", "--output", "in.txt"],
+            2,
+            "--overwrite",
+        ),
+        (["eval", "nowhere", "--model", "x"], 1, "error: nowhere/qrels/test.tsv: No such file or directory"),
+        (["contexts", "export", "legal", "legal.bin"], 2, ".safetensors, .npy"),
+        (["contexts", "list", "--api-key", "clé-secrète"], 2, "characters that no header carries"),
+        (
+            ["bench", "http", "--url", "http://127.0.0.1:9", "--seconds", "0.1"],
+            1,
+            "nothing was answered by http://127.0.0.1:9",
+        ),
         (["verify", "--goldens", "nowhere"], 1, "no folder of golden cases"),
     ],
 )
@@ -208,6 +235,9 @@ def test_what_goes_wrong_is_one_readable_message(  # noqa: PLR0917
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    Path("in.txt").write_text("one\n")
+    Path("empty.txt").touch()
     monkeypatch.setattr("sys.argv", ["cde-server", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -215,6 +245,7 @@ def test_what_goes_wrong_is_one_readable_message(  # noqa: PLR0917
     message = capfd.readouterr().err
     assert words in message
     assert "Traceback" not in message
+    assert "secrète" not in message
 
 
 def test_keys_create_makes_a_file_the_server_takes(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +21,10 @@ def test_a_command_says_what_the_list_of_commands_says_of_it(name: str) -> None:
     line = COMMANDS[name][1].rstrip(".")
     assert line in _help()
     assert line in _help(name)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"cde-server {version('cde-server')}\n"
 
 
 def test_a_typing_mistake_is_guessed() -> None:

@@ -57,6 +57,24 @@ def test_what_is_wrong_is_named(overrides: dict[str, object], words: str) -> Non
         load_settings(overrides)
 
 
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("CDE__SERVR__PORT", "there is no setting 'servr'"),
+        ("CDE_SERVER__PORT", "CDE_SERVER__PORT is no setting: write CDE__SERVER__PORT"),
+        ("CDE_TRUNCATE", "write CDE__TRUNCATE"),
+    ],
+)
+def test_a_variable_that_nearly_is_a_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, words: str
+) -> None:
+    monkeypatch.setenv("CDE_SERVER_PORT", "tcp://10.0.0.7:8000")  # Kubernetes, for a Service called cde-server
+    load_settings()
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigError, match=words):
+        load_settings()
+
+
 def test_the_vocabulary_that_came_with_the_installation_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
