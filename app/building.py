@@ -131,8 +131,22 @@ class ContextBuilder:
             whole = replace(caller, deadline=None)  # others may join, and wait longer
             build = _Build(asyncio.create_task(self._first_stage(served, plan, known, progress, whole)))
             self._building[key] = build
-            build.task.add_done_callback(lambda _: self._building.pop(key, None))
-        return Outcome(plan.id, await _awaited(build), plan.documents, plan.selection, plan.counts)
+            build.task.add_done_callback(lambda _: self._over(key, build))
+        return Outcome(plan.id, await self._awaited(key, build), plan.documents, plan.selection, plan.counts)
+
+    async def _awaited(self, key: tuple[str, bool], build: _Build) -> Arrays:
+        build.waiting += 1
+        try:
+            return await asyncio.shield(build.task)
+        finally:
+            build.waiting -= 1
+            if build.waiting == 0:
+                self._over(key, build)  # first: nobody may join what is cancelled
+                build.task.cancel()  # nothing, where it is done
+
+    def _over(self, key: tuple[str, bool], build: _Build) -> None:
+        if self._building.get(key) is build:
+            del self._building[key]
 
     async def _diverse(
         self, served: ServedModel, plan: Plan, progress: Progress, caller: Caller
@@ -198,16 +212,6 @@ class ContextBuilder:
                 await asyncio.sleep(0.2)
             else:
                 return await asyncio.wrap_future(future)
-
-
-async def _awaited(build: _Build) -> Arrays:
-    build.waiting += 1
-    try:
-        return await asyncio.shield(build.task)
-    finally:
-        build.waiting -= 1
-        if build.waiting == 0:
-            build.task.cancel()  # nothing, where it is done
 
 
 def _chosen(plan: Plan, served: ServedModel) -> Plan:

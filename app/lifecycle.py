@@ -30,6 +30,8 @@ T = TypeVar("T")
 PROBE_SECONDS = 5.0
 LAST_BATCH_SECONDS = 5.0
 """What the engine may still take when all requests are answered: the batch it is in."""
+LAST_WRITE_SECONDS = 10.0
+"""And the store, which is told that builds and batches have ended, where it is locked or does not answer."""
 
 
 class Phase(Enum):
@@ -98,9 +100,8 @@ class Server:
         """Lets go of everything. Requests are answered, or given up, before."""
         self.refuse()
         if self._parts is not None:
-            await self._parts.runner.close()
             # A build may take minutes; each is begun anew when it is asked for again.
-            await self._parts.catalog.close()
+            await asyncio.gather(self._parts.runner.close(), self._parts.catalog.close())
             await asyncio.to_thread(self._parts.engine.stop, LAST_BATCH_SECONDS)
         if self._database is not None:
             await asyncio.to_thread(self._database.close)

@@ -34,12 +34,14 @@ class _Flight:
     """Texts on the device together, and how many requests wait for them."""
 
     rows: "asyncio.Future[FloatArray]"
+    texts: int
     timing: Timing
     waiting: int = 0
 
 
 class VectorCache:
-    """Second stages through a byte-bounded cache, equal texts in flight computed once. For one event loop."""
+    """Second stages through a byte-bounded cache, and equal texts in flight computed once, unless a small request
+    would have to wait for a large one. For one event loop."""
 
     def __init__(self, engine: Engine, *, max_bytes: int) -> None:
         """`max_bytes` 0: nothing is kept; texts in flight are still shared."""
@@ -69,7 +71,7 @@ class VectorCache:
             row = self._rows.get(key)
             if row is not None:
                 out[i] = row
-            elif key in self._flying:
+            elif self._may_join(key, len(texts)):
                 flights[key] = self._flying[key]
             else:
                 missing[key] = text
@@ -89,6 +91,12 @@ class VectorCache:
                 out[i] = rows[key]
         return out
 
+    def _may_join(self, key: Key, texts: int) -> bool:
+        """Not a flight that is larger than the request itself, as it lands as a whole; nor one that everybody has left
+        and that is still to be cleared away."""
+        flight, _ = self._flying.get(key, (None, 0))
+        return flight is not None and flight.texts <= texts and not flight.rows.cancelled()
+
     def _take_off(
         self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, caller: Caller
     ) -> dict[Key, tuple[_Flight, int]]:
@@ -98,7 +106,7 @@ class VectorCache:
         COMPUTE_TOKENS.labels(served.id).inc(
             sum(len(text.input_ids) + served.spec.context_rows for text in missing.values())
         )
-        flight = _Flight(asyncio.wrap_future(future), timing)
+        flight = _Flight(asyncio.wrap_future(future), len(texts), timing)
         placed = {key: (flight, index) for index, key in enumerate(missing)}
         if not caller.background:  # a caller who waits is not to wait behind the background
             self._flying |= placed

@@ -76,9 +76,8 @@ class BatchRunner:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        for owner in self._tasks:
-            with suppress(StoreError):
-                await self._threads.write(self._store.release, owner)
+        with suppress(StoreError):
+            await self._threads.write(self._store.release, list(self._tasks))
 
     async def _run(self, owner: str) -> None:
         while True:
@@ -92,7 +91,9 @@ class BatchRunner:
                 log.warning("a batch was taken over by another process")
             except (StoreError, ShuttingDown) as error:
                 log.debug("batches wait: %s", error)  # the store has said so in the log, once
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    raise  # by close; any other is a fault, which must not end the runner unheard
                 log.error("unexpected %s in a batch", type(error).__name__, exc_info=error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from app.errors import StartupError
-from app.lifecycle import LAST_BATCH_SECONDS, Server
+from app.lifecycle import LAST_BATCH_SECONDS, LAST_WRITE_SECONDS, Server
 from app.serving import server_config
 from app.settings import ServerSettings
 
@@ -98,7 +98,7 @@ class DrainingServer(uvicorn.Server):
 def longest_end(settings: ServerSettings) -> float:
     """Seconds from SIGTERM to the end at the latest; who sends SIGKILL after it should wait longer."""
     waits = 2 * LAST_CALL_SECONDS + 2 * FLUSH_SECONDS  # around the refusals; for what is given up, and by uvicorn
-    return settings.grace + settings.drain_seconds + waits + LAST_BATCH_SECONDS
+    return settings.grace + settings.drain_seconds + waits + LAST_WRITE_SECONDS + LAST_BATCH_SECONDS
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

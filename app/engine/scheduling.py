@@ -171,7 +171,8 @@ class WaitingJobs:
         """Jobs of one group that together take at most `budget` tokens, padded; one job of any length alone. Empty
         when nothing waits."""
         waiting = [queue for queue in self.lanes.values() if queue.jobs]
-        for chosen in sorted(waiting, key=lambda queue: not queue.is_due(now)):  # else in their order
+        # Of those that are due the one that was passed over most, so that none stands still; the others in their order.
+        for chosen in sorted(waiting, key=lambda queue: -queue.passed_over if queue.is_due(now) else 1):
             batch = chosen.next_batch(budget)
             if not batch:
                 continue

@@ -92,9 +92,9 @@ class SqlBatchStore:
 
         return self._database.write(work)
 
-    def release(self, owner: str) -> None:
-        """Whatever the owner runs may be taken over at once."""
-        query = update(batches).where(batches.c.owner == owner).values(owner=None)
+    def release(self, owners: Sequence[str]) -> None:
+        """Whatever the owners run may be taken over at once."""
+        query = update(batches).where(batches.c.owner.in_(owners)).values(owner=None)
         self._database.write(lambda connection: connection.execute(query))
 
     def begin(self, batch_id: str, owner: str, total: int) -> BatchStatus:

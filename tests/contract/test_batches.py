@@ -97,7 +97,7 @@ def test_another_takes_over_what_is_abandoned(store: SqlBatchStore, monkeypatch:
     with pytest.raises(LeaseLost):
         store.finish("batch_1", "me")
     assert store.record("batch_1", "you", lines(1)) is BatchStatus.IN_PROGRESS
-    store.release("you")
+    store.release(["you"])
     assert store.claim("me") is not None
 
 

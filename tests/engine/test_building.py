@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import numpy as np
+import pytest
 
 from app.building import ContextBuilder, Plan
 from app.domain import ANYBODY, DATASET_EMBEDDINGS, DocumentCounts, Lane, Selection, Stage
@@ -40,4 +41,27 @@ async def test_a_build_in_the_background_goes_last_and_is_not_joined() -> None:
     np.testing.assert_array_equal(made, joined)
     assert (running.result(10).shape, asked.result(10).shape) == ((1, 4), (5, 4))
     assert model.batches == [(Stage.SECOND, 1), (Stage.SECOND, 5), (Stage.FIRST, 2), (Stage.FIRST, 2)]
+    engine.stop(5)
+
+
+@pytest.mark.parametrize("passes", range(6))
+async def test_who_asks_as_the_last_one_leaves_gets_a_build_of_their_own(passes: int) -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model)
+    builder, served = ContextBuilder(engine), ServedModel(("stub",), model, cast(TextTokenizer, None))
+    plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection("first"), DocumentCounts(), 2)
+    leaving = asyncio.create_task(builder.build(served, plan, caller=ANYBODY))
+    await asyncio.to_thread(gate.entered.wait, 10)
+
+    async def later() -> int:
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        return len((await builder.build(served, plan, caller=ANYBODY)).arrays[DATASET_EMBEDDINGS])
+
+    leaving.cancel()
+    staying = asyncio.create_task(later())
+    await asyncio.wait([leaving])
+    gate.open.set()
+    assert await staying == 2
     engine.stop(5)

@@ -349,3 +349,17 @@ def test_the_oldest_job_is_in_the_next_batch(waiting: list[int], budget: int) ->
     while batch := queue.next_batch(budget, NOW):
         assert batch[0] is left[0]
         left = [job for job in left if job not in batch]
+
+
+def test_the_background_goes_on_while_both_other_lanes_are_late() -> None:
+    queue = WaitingJobs(late_seconds=10)
+    queue.add(jobs(Q, *[5] * 50, lane=Lane.BACKGROUND))
+    lanes = (Lane.INTERACTIVE, Lane.BULK)
+    ran = Counter[Lane]()
+    for turn in range(1000):
+        for lane in lanes:  # somebody in each has always waited for longer than allowed
+            queue.add(jobs(Q, 5, lane=lane, client=f"{lane} {turn}"))
+        (job,) = queue.next_batch(1, NOW + 11 + turn)
+        ran[job.submission.lane] += 1
+    assert ran[Lane.BACKGROUND] == 50
+    assert abs(ran[Lane.INTERACTIVE] - ran[Lane.BULK]) <= 1

@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from app.domain import TokenizedText
+from app.domain import Lane, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServerFault
 from app.registry import ServedModel
@@ -127,10 +127,44 @@ async def test_another_requests_bad_text_fails_that_request_alone() -> None:
     bench = Bench(StubModel(before))
     bad = asyncio.create_task(bench.cache.embed(bench.served, [text(1), text(POISON)], context(1.0)))
     await asyncio.to_thread(gate.entered.wait, 10)
-    good = asyncio.create_task(bench.cache.embed(bench.served, [text(1)], context(1.0)))
+    good = asyncio.create_task(bench.cache.embed(bench.served, [text(1), text(2)], context(1.0)))
     await asyncio.sleep(0)
     gate.open.set()
     with pytest.raises(ServerFault):
         await bad
     assert (await good)[0, 0] == 1
+    bench.engine.stop(5)
+
+
+@pytest.mark.parametrize("passes", range(4))
+async def test_who_asks_as_the_last_one_leaves_is_answered(passes: int) -> None:
+    gate = Gate()
+    bench = Bench(StubModel(gate))
+    leaving = asyncio.create_task(bench.cache.embed(bench.served, [text(7)], context(1.0)))
+    await asyncio.to_thread(gate.entered.wait, 10)
+
+    async def later() -> float:
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        return float((await bench.cache.embed(bench.served, [text(7)], context(1.0)))[0, 0])
+
+    leaving.cancel()
+    staying = asyncio.create_task(later())
+    await asyncio.wait([leaving])
+    gate.open.set()
+    assert await staying == 7
+    bench.engine.stop(5)
+
+
+async def test_a_query_does_not_wait_for_the_large_request_that_has_its_text() -> None:
+    gate = Gate()
+    bench = Bench(StubModel(gate))
+    large = asyncio.create_task(bench.cache.embed(bench.served, [text(i) for i in range(200)], context(1.0)))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    small = asyncio.create_task(bench.cache.embed(bench.served, [text(199)], context(1.0)))
+    await asyncio.sleep(0)
+    assert bench.engine._waiting.lanes[Lane.INTERACTIVE].jobs == 1
+    gate.open.set()
+    assert (await small)[0, 0] == 199
+    np.testing.assert_array_equal((await large)[:, 0], np.arange(200))
     bench.engine.stop(5)

@@ -141,3 +141,20 @@ async def test_few_large_lines_are_in_memory_at_once(tmp_path: Path) -> None:
         bench.add("large", 7, text="x" * (WINDOW_BYTES // 2))
         done = await bench.until("large", lambda info: info.status is BatchStatus.COMPLETED)
     assert (done.completed, most) == (7, 2)
+
+
+async def test_a_line_that_is_cancelled_by_nobody_ends_no_runner(tmp_path: Path) -> None:
+    cancelled: set[int] = set()
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if "odd" in body and body["odd"] not in cancelled:
+            cancelled.add(body["odd"])
+            raise asyncio.CancelledError
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        for i in range(AT_ONCE):
+            bench.add(f"odd-{i}", 1, odd=i)
+        for i in range(AT_ONCE):
+            await bench.until(f"odd-{i}", lambda info: info.status is BatchStatus.COMPLETED)
+    assert len(cancelled) == AT_ONCE
