@@ -16,7 +16,7 @@ from app.models.attention import Entered
 from app.models.base import DeviceContext, InvalidContext, to_device
 from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
-from app.models.layout import Layout, fill, mean_weights, packed
+from app.models.layout import Layout, fill, means, packed
 from app.models.stages import CdeWeights, detach_from_file
 from app.models.transformer import Transformer, interleaved
 
@@ -110,7 +110,8 @@ class ContextualModel:
             if self._frozen:
                 return self._backbone.frozen(rows, self._rotary_start)
             entered = self._backbone.enter(rows, Layout.of([len(rows)], self._device), self._rotary_start)
-        return entered._asdict()
+        # As views, they would keep all that was projected together.
+        return {name: tensor.contiguous() for name, tensor in entered._asdict().items()}
 
     def first_stage(self, documents: Sequence[TokenizedText], corpora: Sequence[DeviceContext]) -> Tensor:  # noqa: ARG002
         stage = self._weights.first_stage_model
@@ -121,7 +122,7 @@ class ContextualModel:
             layout = self._layout(some, 0)
             entered = backbone.enter(backbone.token_rows(self._input_ids(some, layout)), layout)
             hidden = backbone(entered, layout)
-            out[places] = stage.mlp(self._means(hidden, layout, [0] * len(some)))
+            out[places] = stage.mlp(means(hidden, layout.texts, [0] * len(some)))
         return out
 
     def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
@@ -134,7 +135,7 @@ class ContextualModel:
             some, places = [texts[i] for i in chunk], to_device(torch.tensor(chunk), self._device)
             layout = self._layout(some, self._prefix)
             hidden = self._hidden([contexts[i] for i in chunk], some, layout)
-            out[places] = self._projected(self._means(hidden, layout, [skipped[i] for i in chunk]))
+            out[places] = self._projected(means(hidden, layout.texts, [skipped[i] for i in chunk]))
         return out
 
     def _chunks(self, texts: Sequence[TokenizedText], prefix: int) -> Iterator[list[int]]:
@@ -205,7 +206,3 @@ class ContextualModel:
         if not self._semantics.mask_instruction or self._instruction_end_id not in input_ids[1:]:
             return 0
         return input_ids.index(self._instruction_end_id, 1) + 1
-
-    def _means(self, hidden: Tensor, layout: Layout, skipped: Sequence[int]) -> Tensor:
-        """Of each text's rows of hidden (T', D), less the first `skipped`: (B, D) float32."""
-        return to_device(mean_weights(layout.texts, skipped, len(hidden)), self._device) @ hidden

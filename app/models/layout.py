@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from app.models.base import to_device
 
@@ -92,6 +94,18 @@ class Layout:
 def fill(length: int, multiple: int) -> int:
     """How many rows it lacks to be a multiple."""
     return -length % multiple
+
+
+def means(hidden: Tensor, texts: Iterable[tuple[int, int]], skipped: Sequence[int]) -> Tensor:
+    """(B, D) of hidden (T', D): the mean of each text's rows, less the first `skipped`; of none: zero. `texts`: where
+    the rows of each begin and end.
+
+    One sum a text, row after row: of other texts' rows nothing enters it, be it NaN, and nothing of size B T' is made.
+    """
+    own = [(start + skip, stop) for skip, (start, stop) in zip(skipped, texts, strict=True)]
+    rows = torch.from_numpy(np.concatenate([np.arange(start, stop) for start, stop in own]))
+    begins = torch.tensor([0, *accumulate(stop - start for start, stop in own)][:-1])
+    return F.embedding_bag(to_device(rows, hidden.device), hidden, to_device(begins, hidden.device), mode="mean")
 
 
 def mean_weights(texts: Iterable[tuple[int, int]], skipped: Sequence[int], rows: int) -> Tensor:

@@ -131,6 +131,13 @@ def test_threads_share_a_model(precision: Precision) -> None:
         assert_same(other, first)
 
 
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_a_context_takes_what_it_is_counted_for(family: Family) -> None:
+    context = model(family, "float32").load_context({DATASET_EMBEDDINGS: dataset()})
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in context.values()}
+    assert sum(storages.values()) == sum(t.nbytes for t in context.values())
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "bmm"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("family", ["v1", "v2"])
