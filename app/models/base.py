@@ -73,6 +73,14 @@ def settle_cuda() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says it in a class of its own on GPUs, and in words on CPUs."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(some in str(error).lower() for some in words)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To a GPU without waiting for what it still computes: by way of pinned memory, which the copy keeps alive."""
     return pinned(tensor, device).to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from app.domain import InputType, TokenizedText
 from app.models.attention import Entered
-from app.models.base import DeviceContext, pinned
+from app.models.base import DeviceContext, is_out_of_memory, pinned
 from app.models.layout import mean_weights
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ LONGEST = 512
 """Tokens of a text, on average: beyond it a forward computes for longer than it is launched."""
 TOLERANCE = 1e-3
 """Of the largest value: what the same kernels may differ by."""
+AGAIN = 1000
+"""So many batches of a shape are launched before it is recorded once more, if memory was lacking."""
 
 _RECORDING = threading.Lock()
 """CUDA records one graph at a time in a process."""
@@ -91,17 +93,44 @@ def batch_of(texts: Sequence[TokenizedText], skipped: Sequence[int], context_row
     )
 
 
+class Room:
+    """Where all recorded forwards read their contexts: a place for each text that a batch may have."""
+
+    def __init__(self, context: DeviceContext) -> None:
+        self._rows = len(context["x"])
+        self._all = Entered(
+            **{name: tensor.new_zeros(MAX_TEXTS * self._rows, *tensor.shape[1:]) for name, tensor in context.items()}
+        )
+        self._held: list[DeviceContext | None] = [None] * MAX_TEXTS
+
+    def of(self, texts: int) -> Entered:
+        """The first places."""
+        return Entered(*(tensor[: texts * self._rows] for tensor in self._all))
+
+    def fill(self, contexts: Sequence[DeviceContext]) -> None:
+        """One a place. What is in its place stays: contexts never change, nothing else writes here, and it was copied
+        on the stream that the next replay is launched on."""
+        for place, context in enumerate(contexts):
+            if self._held[place] is context:
+                continue
+            self._held[place] = None
+            for name, tensor in self._all._asdict().items():
+                tensor[place * self._rows : (place + 1) * self._rows].copy_(context[name])
+            self._held[place] = context
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A forward of one shape. `batch` and `contexts` are where it reads."""
+    """A forward of one shape. `batch` and `room` are where it reads."""
 
     batch: Batch
-    contexts: Entered
+    room: Room
     replay: Replay
     result: Tensor
 
     def __call__(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Tensor:
-        _fill(self.batch, self.contexts, batch, contexts)
+        _copy(batch, self.batch)
+        self.room.fill(contexts)
         self.replay()
         return self.result.clone()
 
@@ -116,8 +145,8 @@ class RecordedForwards:
         self._record = record
         self._context_rows = context_rows
         self._lock = threading.Lock()
-        self._known: dict[tuple[int, int], Recorded | None] = {}
-        self._room: Entered | None = None
+        self._known: dict[tuple[int, int], Recorded | int] = {}  # or how many batches are launched before it is one
+        self._room: Room | None = None
         self._works = True
 
     def __call__(
@@ -128,15 +157,14 @@ class RecordedForwards:
         if not self._works or shape[0] > MAX_TEXTS or shape[1] > shape[0] * LONGEST:
             return None
         with self._lock, torch.inference_mode():
-            if shape not in self._known:
-                self._known[shape] = None
+            known = self._known.get(shape, 1)
+            if isinstance(known, int) and known:
+                self._known[shape] = known - 1
                 return None
             batch = batch_of(texts, skipped, self._context_rows, shape[1])
-            recorded = self._known[shape] or self._recorded(batch, contexts)
-            if recorded is None:
-                return None
-            self._known[shape] = recorded
-            return recorded(batch, contexts)
+            if isinstance(known, int):
+                known = self._known[shape] = self._recorded(batch, contexts)
+            return None if isinstance(known, int) else known(batch, contexts)
 
     def warm_up(self, context: DeviceContext, longest: int) -> None:
         """Records all forwards of one text of up to `longest` tokens: a single query never waits for a recording."""
@@ -145,29 +173,30 @@ class RecordedForwards:
             for _ in range(2):  # the first time a shape is only noted
                 self((text,), (0,), (context,))
 
-    def _recorded(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Recorded | None:
-        """None, from now on, if it cannot be recorded or gives something else than when it is launched."""
-        room = self._room = self._room or _room(contexts[0])
-        own = Entered(*(tensor[: len(contexts) * self._context_rows] for tensor in room))
-        copied = Batch(*(torch.empty_like(tensor, device=own.x.device) for tensor in batch))
-        _fill(copied, own, batch, contexts)
+    def _recorded(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Recorded | int:
+        """Or how many batches are launched before the next try. None is recorded from now on if one cannot be, or gives
+        something else than when it is launched; a lack of memory may pass."""
         try:
-            recorded = Recorded(copied, own, *self._record(lambda: self._forward(copied, own)))
+            room = self._room = self._room or Room(contexts[0])
+            own = room.of(len(contexts))
+            copied = Batch(*(torch.empty_like(tensor, device=own.x.device) for tensor in batch))
+            _copy(batch, copied)
+            room.fill(contexts)
+            recorded = Recorded(copied, room, *self._record(lambda: self._forward(copied, own)))
             # Also with the shortest texts of this shape: lengths that were recorded, instead of read, would show.
             for probe in (batch, self._shortest(batch)):
                 replayed = recorded(probe, contexts)
                 launched = self._forward(copied, own)
                 if not launched.isfinite().all():
-                    return None  # says nothing about recording: another text will
+                    return 0  # says nothing about recording: another text will
                 difference = float((replayed - launched).abs().max() / launched.abs().max())
                 if not difference <= TOLERANCE:
-                    log.warning("recorded forwards give other vectors, by %.1e: launched one by one", difference)
-                    self._give_up()
-                    return None
+                    return self._give_up(f"recorded forwards give other vectors, by {difference:.1e}")
         except (RuntimeError, NotImplementedError) as error:
-            log.warning("forwards cannot be recorded, they are launched one by one: %s", error)
-            self._give_up()
-            return None
+            if is_out_of_memory(error):
+                log.warning("no memory to record a forward of %d rows, it is launched: %s", len(batch.order), error)
+                return AGAIN
+            return self._give_up(f"forwards cannot be recorded: {error}")
         return recorded
 
     def _shortest(self, batch: Batch) -> Batch:
@@ -175,9 +204,11 @@ class RecordedForwards:
         text = TokenizedText((0,) * (rows // count - ROWS + 1), InputType.NONE)
         return batch_of([text] * count, [0] * count, self._context_rows, rows)
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str) -> int:
+        log.warning("all forwards are launched one by one from now on: %s", reason)
         self._works = False
         self._known.clear()
+        return AGAIN
 
 
 def rows_of(texts: Sequence[TokenizedText]) -> int:
@@ -213,16 +244,6 @@ def cuda_recorder(device: torch.device) -> Record:
     return record
 
 
-def _room(context: DeviceContext) -> Entered:
-    """For as many contexts as a batch may have; all recorded forwards read the same."""
-    return Entered(
-        **{name: tensor.new_zeros(MAX_TEXTS * len(tensor), *tensor.shape[1:]) for name, tensor in context.items()}
-    )
-
-
-def _fill(to: Batch, room: Entered, batch: Batch, contexts: Sequence[DeviceContext]) -> None:
+def _copy(batch: Batch, to: Batch) -> None:
     for there, here in zip(to, batch, strict=True):
         there.copy_(pinned(here, there.device), non_blocking=True)
-    for name, there in room._asdict().items():
-        for rows, context in zip(there.chunk(len(contexts)), contexts, strict=True):
-            rows.copy_(context[name])

@@ -20,7 +20,7 @@ from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS, TokenizedText
 from app.models.base import DeviceContext
 from app.models.contextual import ContextualModel
-from app.models.graphs import Replay, batch_of, rows_of
+from app.models.graphs import Replay, Room, batch_of, rows_of
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
 from tests.models.conftest import random_weights
@@ -47,10 +47,14 @@ class Recorder:
     """Traces, and counts."""
 
     def __init__(self, spoil: float = 0.0) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.refused = 0
+        self.has_memory = True
         self._spoil = spoil
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        if not self.has_memory:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
         trace, result = make_fx(run)(), run()
         self.recorded += 1
 
@@ -146,6 +150,48 @@ def test_what_cannot_be_recorded_is_launched(caplog: pytest.LogCaptureFixture) -
     subject = Subject("v1", refuse)
     assert "cannot be recorded" in caplog.text
     subject.check(random_texts("v1", [9]), [0])
+
+
+def test_without_memory_a_shape_is_launched_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that are recorded are replayed, and others may still be."""
+    monkeypatch.setattr("app.models.graphs.AGAIN", 2)
+    recorder = Recorder()
+    subject = Subject("v1", recorder)
+    recorder.has_memory = False
+    pair = random_texts("v1", [9, 9])
+    for refused in (0, 1, 1, 1, 2):
+        subject.check(pair, [0, 1])
+        assert recorder.refused == refused
+    assert "no memory to record" in caplog.text
+    before = recorder.replayed
+    subject.check(random_texts("v1", [9]), [0])
+    assert recorder.replayed == before + 1
+
+    recorder.has_memory = True
+    for recorded in (2, 2, 3):
+        subject.check(pair, [0, 1])
+        assert recorder.recorded == recorded
+
+
+def test_a_context_that_is_in_its_place_is_not_copied_again() -> None:
+    subject = Subject("v1", Recorder())
+    first, second = subject.contexts
+    room = Room(first)
+    places = room.of(2)
+    room.fill([first, second])
+    for tensor, one, other in zip(places, first.values(), second.values(), strict=True):
+        assert torch.equal(tensor, torch.cat((one, other)))
+    for tensor in places:
+        tensor.zero_()
+    room.fill([first])
+    assert not places.x.any(), "it was there"
+    room.fill([second, second])
+    assert torch.equal(room.of(1).x, second["x"])
+    assert not places.x[len(second["x"]) :].any()
+    room.fill([first])
+    assert torch.equal(room.of(1).k, first["k"]), "another was there in between"
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=4))
