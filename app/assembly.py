@@ -108,7 +108,7 @@ def engine_of(
             stuck_seconds=settings.engine.stuck_seconds,
             ride=device != "cpu",
         ),
-        exact=lambda model_id: _in_float32(settings, registry, model_id),
+        exact=lambda model_id, device: _in_float32(settings, registry, model_id, device),
         on_fatal=on_fatal,
     )
 
@@ -125,10 +125,9 @@ def devices_of(settings: Settings) -> list[str | None]:
     return [*settings.engine.devices] or [None]
 
 
-def _in_float32(settings: Settings, registry: Registry, model_id: str) -> TwoStageModel:
-    """The model once more, as exactly as it can be computed. Raises CheckpointError."""
+def _in_float32(settings: Settings, registry: Registry, model_id: str, device: str) -> TwoStageModel:
+    """The model once more on `device`, as exactly as it can be computed. Raises CheckpointError."""
     (chosen,) = [m for m in settings.models if registry.get(served_names(m)[0]).id == model_id]
-    device = registry.get(model_id).spec.device
     return load_model(chosen.name, replace(options_of(chosen, device), dtype="float32")).model
 
 

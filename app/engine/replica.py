@@ -20,8 +20,9 @@ from cachetools import LRUCache
 from app.domain import FloatArray, Payload, Stage
 from app.engine import metrics
 from app.engine.batching import Job
-from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
-from app.models.base import DeviceContext, TwoStageModel, fetch
+from app.engine.faults import device_fault, failure
+from app.errors import NonFiniteEmbedding
+from app.models.base import DeviceContext, TwoStageModel, fetch, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,8 @@ GROWTH = 1.25
 EXACT_SECONDS = 60.0
 """At most so often is a model loaded in float32 for the sake of one vector."""
 
-Exact = Callable[[str], TwoStageModel]
-"""A model's id -> the same model in float32, loaded now."""
-
-
-class DeviceLost(Exception):
-    """The device, or this process's hold on it, is broken: no later forward can work."""
+Exact = Callable[[str, str], TwoStageModel]
+"""A model's id and a device -> the same model there in float32, loaded now."""
 
 
 class _Contexts(LRUCache[tuple[str, str], DeviceContext]):
@@ -83,7 +80,7 @@ class Replica:
         return self._batch_tokens
 
     def run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None]) -> None:
-        """Answers every job. `release`: called with jobs just before they are answered. Raises DeviceLost."""
+        """Answers every job. `release`: called with jobs just before they are answered. Raises DeviceFailed."""
         self._run(batch, release, again=True)
 
     def _run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None], *, again: bool) -> None:
@@ -92,10 +89,10 @@ class Replica:
             if len(vectors) != len(batch):
                 raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
         except Exception as error:
-            if _is_fatal(error):
-                raise DeviceLost(str(error)) from error
-            out_of_memory = _is_out_of_memory(error)
-            failure = _failure(error, out_of_memory=out_of_memory) if len(batch) == 1 else None
+            if (fault := device_fault(error)) is not None:
+                raise fault from error
+            out_of_memory = is_out_of_memory(error)
+            failed = failure(error) if len(batch) == 1 else None
         else:
             self.last_failed = False
             self._went_well()
@@ -106,7 +103,7 @@ class Replica:
         metrics.FAILED.labels("oom" if out_of_memory else "error").inc()
         if out_of_memory:
             self._make_room(batch)
-        if failure is None:
+        if failed is None:
             metrics.OOM_SPLITS.inc(out_of_memory)
             half = len(batch) // 2
             self._run(batch[:half], release, again=again)
@@ -116,7 +113,7 @@ class Replica:
         else:
             self.last_failed = True
             release(batch)
-            batch[0].submission.fail(failure)
+            batch[0].submission.fail(failed)
 
     def _forward(self, batch: Sequence[Job]) -> FloatArray:
         model_id, stage = batch[0].submission.group
@@ -191,7 +188,7 @@ class Replica:
             if time.monotonic() - self._exact_at < EXACT_SECONDS:
                 return None
             self._exact_at = time.monotonic()
-            exact = self._exact(model_id)
+            exact = self._exact(model_id, model.spec.device)
             row: FloatArray = self._stage(exact, stage, [job], [exact.load_context(job.submission.payload.arrays)])[0]
             return row
 
@@ -217,24 +214,3 @@ class Replica:
                 self._good = 0
                 self._batch_tokens = min(self._most_tokens, int(self._batch_tokens * GROWTH) + 1)
         metrics.BUDGET.labels(self.device).set(self._batch_tokens)
-
-
-def _failure(error: Exception, *, out_of_memory: bool) -> Exception:
-    if out_of_memory:
-        return EngineUnavailable("There is not enough memory for this input at the moment. Please try again.")
-    fault = ServerFault("The model failed on this input.")
-    fault.__cause__ = error
-    return fault
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch says it in a class of its own on GPUs, and in words on CPUs."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-    return isinstance(error, RuntimeError) and any(some in str(error).lower() for some in words)
-
-
-def _is_fatal(error: Exception) -> bool:
-    """CUDA errors other than a lack of memory stay with the process."""
-    return isinstance(error, torch.AcceleratorError) and not _is_out_of_memory(error)

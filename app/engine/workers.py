@@ -1,7 +1,7 @@
 """The threads that run batches, and the one that watches over them.
 
 A worker that dies fails the batch it had, with an error that says to try again, and is started anew; one that dies too
-often, and a forward that never returns, are for whoever runs the process.
+often, a device that is lost, and a forward that never returns, are for whoever runs the process.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 
 from app.engine import metrics
 from app.engine.batching import Job
+from app.engine.faults import DeviceLost
 from app.engine.replica import Replica
 from app.errors import EngineUnavailable
 
@@ -166,7 +167,10 @@ class Crew:
         self._deaths.append(now)
         while now - self._deaths[0] > RESTART_SECONDS:
             self._deaths.popleft()
-        if len(self._deaths) > RESTARTS:
+        if isinstance(error, DeviceLost):
+            worker.lost = True
+            self._give_up(f"{worker.replica.device} is lost to this process")
+        elif len(self._deaths) > RESTARTS:
             worker.lost = True
             self._give_up(f"device workers died {len(self._deaths)} times, last by {type(error).__name__}")
         else:

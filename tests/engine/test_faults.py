@@ -13,6 +13,7 @@ from torch import Tensor
 
 from app.domain import Caller, Stage, TokenizedText
 from app.engine import metrics
+from app.engine.faults import device_fault
 from app.engine.replica import GROW_AFTER
 from app.engine.workers import RESTARTS, Problem
 from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
@@ -151,9 +152,9 @@ def test_contexts_on_the_device_make_room() -> None:
 class Rounded(StubModel):
     """In low precision its vectors are not finite."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.spec = replace(SPEC, dtype="bfloat16")
+    def __init__(self, device: str = "cpu", before: Callable[[Sequence[TokenizedText]], None] = lambda _: None) -> None:
+        super().__init__(before)
+        self.spec = replace(SPEC, dtype="bfloat16", device=device)
 
     def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
         rows = super().second_stage(texts, contexts)
@@ -164,8 +165,8 @@ class Rounded(StubModel):
 def test_a_vector_that_is_not_finite_is_computed_again_in_float32() -> None:
     loaded: list[str] = []
 
-    def exact(model_id: str) -> StubModel:
-        loaded.append(model_id)
+    def exact(model_id: str, device: str) -> StubModel:
+        loaded.append(f"{model_id} on {device}")
         return StubModel()
 
     engine = engine_of(Rounded(), exact=exact)
@@ -173,7 +174,7 @@ def test_a_vector_that_is_not_finite_is_computed_again_in_float32() -> None:
     np.testing.assert_array_equal(rows, [[1, 1, 5, 2], [9, 1, 5, 2], [2, 1, 5, 2]])
     with pytest.raises(NonFiniteEmbedding):  # a model is not loaded again and again
         engine.submit("stub", Stage.SECOND, [text(9)], context(5.0)).result(10)
-    assert loaded == ["stub"]
+    assert loaded == ["stub on cpu"]
     assert engine.healthy
     engine.stop(5)
 
@@ -234,10 +235,29 @@ def test_what_waits_is_failed_when_the_last_worker_is_gone() -> None:
     engine.stop(5)
 
 
-def test_a_lost_device_is_a_dead_worker() -> None:
+def test_it_is_loaded_where_its_worker_computes() -> None:
+    both_compute = threading.Barrier(2)
+    devices: list[str] = []
+
+    def exact(_: str, device: str) -> StubModel:
+        devices.append(device)
+        return StubModel()
+
+    def before(_: Sequence[TokenizedText]) -> None:
+        both_compute.wait(20)
+
+    models = [Rounded(device, before) for device in ("cuda:0", "cuda:1")]
+    engine = engine_of(*models, exact=exact, workers=2, batch_tokens=1)
+    futures = [engine.submit("stub", Stage.SECOND, [text(9)], context(5.0)) for _ in range(2)]
+    assert [future.result(20)[0, 0] for future in futures] == [9, 9]
+    assert sorted(devices) == ["cuda:0", "cuda:1"]
+    engine.stop(5)
+
+
+def test_a_failed_device_is_a_dead_worker() -> None:
     def before(texts: Sequence[TokenizedText]) -> None:
         if any(DEADLY in t.input_ids for t in texts):
-            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+            raise torch.AcceleratorError("CUDA error: invalid argument")
 
     engine = engine_of(StubModel(before))
     restarts = metrics.RESTARTS.labels("cpu")._value.get()
@@ -246,6 +266,46 @@ def test_a_lost_device_is_a_dead_worker() -> None:
     until(lambda: metrics.RESTARTS.labels("cpu")._value.get() == restarts + 1)
     assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
     engine.stop(5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous"),
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=str,
+)
+def test_a_lost_device_ends_the_process_at_once(error: Exception) -> None:
+    def before(texts: Sequence[TokenizedText]) -> None:
+        raise error
+
+    fatal: list[Exception] = []
+    engine = engine_of(StubModel(before), on_fatal=fatal.append)
+    with pytest.raises(EngineUnavailable, match="send the request again"):
+        engine.submit("stub", Stage.SECOND, [text(1), text(2)], context(1.0)).result(10)
+    (told,) = fatal
+    assert "cpu is lost to this process" in str(told)
+    assert engine.problem is Problem.DOWN
+    with pytest.raises(EngineUnavailable):
+        engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
+    engine.stop(5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of resource: shared memory"),
+        ValueError("CUDA error: misaligned address, says a text"),
+        RuntimeError("misaligned address"),
+    ],
+    ids=str,
+)
+def test_other_errors_lose_no_device(error: Exception) -> None:
+    assert device_fault(error) is None
 
 
 def test_a_stuck_forward_is_noticed_its_callers_answered_and_the_process_told() -> None:
