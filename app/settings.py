@@ -30,7 +30,7 @@ class ModelSettings(_Group):
     first_stage: bool = Field(True, description="false: half the memory, contexts by import only")
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="auto: bfloat16 on GPUs that have it, else float32; int8 on CPUs, 1 - cos up to about 5e-4",
+        description="auto: bfloat16 on GPUs that have it, else float32; int8 on CPUs alone, 1 - cos up to about 5e-4",
     )
     context_attention: Literal["exact", "frozen"] = Field(
         "exact", description="frozen: an approximation, much faster for short texts; see `cde-server agreement`"

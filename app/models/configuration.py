@@ -10,7 +10,7 @@ from torch import nn
 
 from app.errors import CheckpointError
 from app.models.contextual import Semantics
-from app.models.files import CheckpointFiles
+from app.models.files import CheckpointFiles, fetch_file
 from app.models.modern_bert import ModernBert, ModernBertConfig
 from app.models.nomic_bert import NomicBert, NomicBertConfig
 
@@ -86,6 +86,23 @@ def backbone_of(config: Mapping[str, Any], files: CheckpointFiles) -> tuple[Back
     if ARCHITECTURES.get(str(architecture)) != model_type or model_type not in BACKBONES:
         raise CheckpointError(f"{files.source}: {architecture} over {model_type} is not served; known: {ARCHITECTURES}")
     return BACKBONES[str(model_type)], raw
+
+
+def tokenizer_path(config: Mapping[str, Any], files: CheckpointFiles) -> Path:
+    """A checkpoint's own, or its embedder's. Raises CheckpointError."""
+    own = files.find("tokenizer.json")
+    if own is not None:
+        return own
+    embedder = config.get("embedder")
+    if not isinstance(embedder, str):
+        raise CheckpointError(f"{files.source} has no tokenizer.json, and its config.json names no embedder to ask")
+    problems = []
+    for repo in dict.fromkeys((TOKENIZER_OF.get(embedder, embedder), embedder)):
+        try:
+            return fetch_file(repo, "tokenizer.json")
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(f"{files.source} has no tokenizer.json, and its backbone gives none: {problems[0]}")
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -1,7 +1,6 @@
 """A model's name -> the loaded model: weights, tokenizer and spec put together."""
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +11,14 @@ from app.domain import InputType, ModelSpec
 from app.errors import CheckpointError
 from app.models.base import TwoStageModel, settle_cuda
 from app.models.checkpoint import load_weights, revision_of, sha256
-from app.models.configuration import TOKENIZER_OF, Backbone, backbone_of, read_json
+from app.models.configuration import Backbone, backbone_of, read_json, tokenizer_path
 from app.models.contextual import ContextualModel, Semantics
-from app.models.files import WEIGHTS, CheckpointFiles, check_name, fetch_file, locate
+from app.models.files import WEIGHTS, CheckpointFiles, check_name, locate
 from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels, Precision
 from app.models.minilm import HIDDEN_SIZE, MiniLM, MiniLMContext
 from app.models.stages import CdeWeights, FirstStage, SecondStage
-from app.models.tuning import fastest
+from app.models.tuning import fastest, fitted
 from app.tokenization import TextTokenizer
 
 BUILTIN = "builtin/minilm-context"
@@ -78,6 +77,8 @@ def load_model(name: str, options: LoadOptions | None = None) -> LoadedModel:
 def check_options(name: str, options: LoadOptions) -> None:
     """What can be told without the weights, or a network. Raises CheckpointError."""
     check_device(options.device)
+    if options.dtype == "int8" and options.resolved_device().type == "cuda":
+        raise CheckpointError("dtype 'int8' has no kernels on GPUs: take bfloat16 there, or device cpu")
     if name != BUILTIN:
         check_name(name)
     elif options.context_attention == "frozen":
@@ -118,7 +119,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     load_weights(weights, weights_path, device=device, skip=skip)
 
     corpus_size, max_length = config["transductive_corpus_size"], config.get("max_seq_length", 512)
-    tokenizer = TextTokenizer(_tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length)
+    tokenizer = TextTokenizer(tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length)
     embeddings = int(second.config.vocab_size)  # type: ignore[union-attr, arg-type]
     if tokenizer.vocab_size > embeddings:
         raise CheckpointError(
@@ -147,7 +148,8 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         approximate=options.context_attention == "frozen",
         fallback_documents=tuple(fallback.read_text(encoding="utf-8").splitlines()) if fallback else None,
     )
-    kernels = options.kernels or fastest(dtype, device)
+    head_size: int = second.blocks[0].attn.head_size  # type: ignore[union-attr, index]
+    kernels = options.kernels or fitted(fastest(dtype, device), device, head_size)
     frozen = options.context_attention == "frozen"
     model = ContextualModel(spec, weights, semantics, tokenizer.id_of(": "), kernels, frozen=frozen)
     if options.cuda_graphs and device.type == "cuda":
@@ -231,19 +233,3 @@ def options_named(semantics: str) -> LoadOptions:
 def weights_revision(name: str, revision: str | None = None) -> str:
     """What `spec.revision` is, without loading the model. Raises CheckpointError."""
     return BUILTIN_WEIGHTS if name == BUILTIN else revision_of(locate(name, revision).need(WEIGHTS))
-
-
-def _tokenizer_path(config: Mapping[str, Any], files: CheckpointFiles) -> Path:
-    own = files.find("tokenizer.json")
-    if own is not None:
-        return own
-    embedder = config.get("embedder")
-    if not isinstance(embedder, str):
-        raise CheckpointError(f"{files.source} has no tokenizer.json, and its config.json names no embedder to ask")
-    problems = []
-    for repo in dict.fromkeys((TOKENIZER_OF.get(embedder, embedder), embedder)):
-        try:
-            return fetch_file(repo, "tokenizer.json")
-        except CheckpointError as error:
-            problems.append(str(error))
-    raise CheckpointError(f"{files.source} has no tokenizer.json, and its backbone gives none: {problems[0]}")

@@ -150,10 +150,9 @@ class MiniLMContext:
 
     @staticmethod
     def _pulled(z: Tensor, rows: Tensor) -> Tensor:
-        """z (D,) towards its neighbours among rows (n, D), itself left out; z where nothing else is left."""
+        """z (D,) towards its neighbours among rows (n, D), itself left out; z where nothing else is left. The device
+        decides which: a question would have to wait for it."""
         similarity = rows @ z
         others = similarity <= SAME_TEXT
-        if not others.any():
-            return z
         attention = torch.softmax((similarity / TEMPERATURE).masked_fill(~others, -torch.inf), dim=0)
-        return F.normalize(z + PULL * (attention @ rows), dim=0)
+        return torch.where(others.any(), F.normalize(z + PULL * (attention @ rows), dim=0), z)

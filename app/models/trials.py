@@ -20,6 +20,7 @@ from app.models.pointwise import triton_kernels
 log = logging.getLogger(__name__)
 
 WIDTH, INNER, HEADS = 768, 3072, 12  # of both models, but for the second one's inner size
+HEAD_SIZE = WIDTH // HEADS
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 CPU = torch.device("cpu")
 
@@ -40,9 +41,10 @@ def product_is_right(kernels: Kernels) -> bool:
 
 
 @torch.inference_mode()
-def attention_is_right(kernels: Kernels, device: torch.device) -> bool:
+def attention_is_right(kernels: Kernels, device: torch.device, head_size: int = HEAD_SIZE) -> bool:
     """Whether attention on these kernels runs here and gives what plain attention gives, windows and all."""
-    return _is_right(f"{kernels.attention} attention", device, kernels, _attended(kernels, device))
+    what = f"{kernels.attention} attention" + (f" with heads of {head_size}" if head_size != HEAD_SIZE else "")
+    return _is_right(what, device, kernels, _attended(kernels, device, head_size))
 
 
 @torch.inference_mode()
@@ -103,17 +105,17 @@ def _rounded(weight: Tensor, kernels: Kernels) -> Tensor:
     return weight.to(torch.bfloat16).float() if kernels.precision == "bfloat16" else weight
 
 
-def _attended(kernels: Kernels, device: torch.device) -> Iterator[Compared]:
+def _attended(kernels: Kernels, device: torch.device, head_size: int) -> Iterator[Compared]:
     layout = Layout.of([9, 40, 40, 200], device, prefix=130)
     rows = len(layout.positions)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, rows, HEADS, WIDTH // HEADS, generator=generator).to(device, kernels.compute)
-    q *= 0.125
+    q, k, v = torch.randn(3, rows, HEADS, head_size, generator=generator).to(device, kernels.compute)
+    q *= head_size**-0.5
     for window in (None, 64):
         for asking in (q, q[layout.wanted_rows]):
             found = []
             for candidate in (kernels, replace(kernels, attention="sdpa")):
-                attention = Attention(WIDTH, HEADS, 10_000.0, window)
+                attention = Attention(HEADS * head_size, HEADS, 10_000.0, window)
                 attention.kernels = candidate
                 found.append(attention(Projected(asking, k, v), layout))
             yield Compared(f"window {window}, {len(asking)} of {rows} rows", *found)
@@ -121,7 +123,7 @@ def _attended(kernels: Kernels, device: torch.device) -> Iterator[Compared]:
 
 def _pointwise(kernels: Kernels, device: torch.device) -> Iterator[Compared]:
     ours, generator = triton_kernels(), torch.Generator().manual_seed(0)
-    rows, size = 40, WIDTH // HEADS
+    rows, size = 40, HEAD_SIZE
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, kernels.compute)

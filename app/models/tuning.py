@@ -15,7 +15,7 @@ import torch
 
 from app.models.attention import attend
 from app.models.kernels import AttentionKernel, Dense, Kernels, Precision
-from app.models.trials import HEADS, INNER, WIDTH, attention_is_right, pointwise_is_right, product_is_right
+from app.models.trials import HEAD_SIZE, HEADS, INNER, WIDTH, attention_is_right, pointwise_is_right, product_is_right
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,17 @@ def fastest(precision: Precision, device: torch.device) -> Kernels:
         found = replace(found, row_multiple=FILLED_ROWS) if compiles else found
     log.info("kernels for %s on %s: %s", precision, device, found)
     return found
+
+
+def fitted(kernels: Kernels, device: torch.device, head_size: int) -> Kernels:
+    """`kernels`, tried with heads of the published models' size, for others. FlashAttention takes multiples of 8 up to
+    256 (torch, transformers/cuda/flash_attn/flash_api.cpp)."""
+    if kernels.attention != "varlen" or head_size == HEAD_SIZE:
+        return kernels
+    if head_size % 8 == 0 and head_size <= 256 and attention_is_right(kernels, device, head_size):
+        return kernels
+    log.warning("attention over packed rows takes no heads of %d: plain attention runs text by text", head_size)
+    return replace(kernels, attention="sdpa")
 
 
 def _of_gpu(plain: Kernels, device: torch.device) -> Kernels:
@@ -88,7 +99,7 @@ def _fastest_attention(linear: Kernels) -> Kernels:
     if onednn("bfloat16" if linear.compute is torch.bfloat16 else "float32", linear.compute):
         attentions.append("linear")
     candidates = [replace(linear, attention=attention) for attention in attentions]
-    qkv = torch.rand(3, 1, ROWS, HEADS, WIDTH // HEADS).to(linear.compute)
+    qkv = torch.rand(3, 1, ROWS, HEADS, HEAD_SIZE).to(linear.compute)
     q, k, v = qkv.transpose(2, 3)  # (B, H, S, d), in the memory order of a projection
     seconds = least_seconds({c: partial(attend, c, q, k, v, None) for c in candidates})
     return min(candidates, key=lambda c: seconds[c])

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from app.bench import gpu
 from app.bench.bound import best_rate, second_stage_flops
 from app.bench.compute import Comparison
 from app.bench.gpu import GpuComparison, GpuRow
@@ -62,6 +63,28 @@ def test_variants_on_a_device() -> None:
     assert frozen.bound_fraction is None
     assert all(row.texts_per_second == pytest.approx(1000 / row.ms_per_text) for row in rows)
     assert [row.batch for row in comparison.mixed(batch=1) + comparison.first_stage(batch=2)] == [1] * 5 + [2] * 5
+
+
+def test_a_chain_of_products_is_timed_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            launched.append(stream)
+
+        def synchronize(self) -> None:
+            launched.append("waited for")
+
+        def elapsed_time(self, _: "Event") -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert gpu._device_seconds(lambda: launched.append("product"), torch.device("cuda:1")) == 0.25
+    assert launched == ["stream of cuda:1", *["product"] * gpu.GEMM_CHAIN, "stream of cuda:1", "waited for"]
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

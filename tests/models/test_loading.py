@@ -21,7 +21,7 @@ from app.errors import CheckpointError
 from app.models import loading
 from app.models.base import InvalidContext, check_arrays
 from app.models.kernels import Kernels
-from app.models.loading import BUILTIN, BUILTIN_PACKAGE, LoadedModel, LoadOptions, load_model
+from app.models.loading import BUILTIN, BUILTIN_PACKAGE, LoadedModel, LoadOptions, check_options, load_model
 from tests.compare import assert_same
 from tests.models.conftest import GOLDENS, builtin_folder, context_of, embed, load_golden, tokenized
 
@@ -370,6 +370,16 @@ def test_cuda_asked_for_and_not_there(checkpoint: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match="no CUDA device"):
         load_model(str(checkpoint), LoadOptions(device="cuda"))
     assert load_model(str(checkpoint)).model.spec.device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
+def test_int8_is_for_cpus(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(CheckpointError, match="take bfloat16 there"):
+        check_options("jxm/cde-small-v2", LoadOptions(device=device, dtype="int8"))
+    check_options("jxm/cde-small-v2", LoadOptions(device="cpu", dtype="int8"))
+    check_options("jxm/cde-small-v2", LoadOptions(device=device, dtype="bfloat16"))
 
 
 # --- the published layout ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Attention over packed rows in one kernel, against the kernel's documentation in plain torch: the kernel itself is
 CUDA's."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from app.domain import DATASET_EMBEDDINGS
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
 from app.models.trials import attention_is_right
-from app.models.tuning import fastest
+from app.models.tuning import fastest, fitted
 from tests.models.conftest import random_weights
 from tests.models.test_kernels import dataset
 
@@ -70,6 +71,19 @@ def test_a_right_kernel_agrees_and_a_wrong_one_does_not(
     monkeypatch.setattr(varlen, "varlen_attn", lined_up_at_the_front)
     assert not attention_is_right(PACKED, CPU)
     assert "not right" in caplog.text
+
+
+def test_heads_of_other_sizes_are_tried_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = replace(PACKED, attention="sdpa")
+    assert fitted(PACKED, CPU, 64) == PACKED, "those of the published models were"
+    assert fitted(PACKED, CPU, 32) == plain, "the real one has no CPU version"
+    assert "with heads of 32 does not run" in caplog.text
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
+    assert [fitted(PACKED, CPU, size) for size in (32, 96, 256)] == [PACKED] * 3
+    assert [fitted(PACKED, CPU, size) for size in (12, 264)] == [plain] * 2, "FlashAttention has no such heads"
+    assert fitted(plain, CPU, 12) == plain
 
 
 def test_a_kernel_that_does_not_run_is_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
