@@ -40,7 +40,7 @@ NON_FINITE = Counter(
 RESTARTS = Counter("cde_worker_restarts_total", "Device workers that died and were started again", ["device"])
 WORKERS = Gauge("cde_workers_alive", "Device workers that run")
 STUCK = Gauge("cde_stuck_forward_seconds", "Of the longest forward that runs, where it is longer than allowed")
-CONTEXT_BYTES = Gauge("cde_device_contexts_bytes", "Contexts on the devices")
+CONTEXT_BYTES = Gauge("cde_device_contexts_bytes", "Contexts on a device", ["device"])
 CONTEXT_EVICTIONS = Counter("cde_device_context_evictions_total", "Contexts that made room for others on a device")
 
 _SHOWN = {lane: (QUEUE_TOKENS.labels(lane), QUEUE_JOBS.labels(lane), QUEUE_AGE.labels(lane)) for lane in Lane}

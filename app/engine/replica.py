@@ -3,7 +3,7 @@ fails. Several workers may share one.
 
 A batch that raises is halved until the jobs that fail alone are found, and the others are answered. One that is out of
 memory empties the caches first, and later batches are smaller until it has gone well for a while. A vector that is
-not finite is computed once more, alone and in float32.
+not finite is computed once more, alone, and then in float32.
 """
 
 import gc
@@ -61,7 +61,7 @@ class Replica:
         """`exact`: absent, a vector that is not finite is computed again by the model itself."""
         self._models = models
         self._exact = exact
-        self._exact_lock, self._exact_at = threading.Lock(), -EXACT_SECONDS
+        self._exact_at = -EXACT_SECONDS
         self._contexts = _Contexts(cache_bytes)
         self._lock = threading.Lock()
         self._most_tokens = batch_tokens
@@ -73,6 +73,7 @@ class Replica:
         self._launching = nullcontext() if self.device == "cpu" else threading.Lock()
         self.last_failed = False
         metrics.BUDGET.labels(self.device).set(batch_tokens)
+        metrics.CONTEXT_BYTES.labels(self.device).set(0)
 
     @property
     def batch_tokens(self) -> int:
@@ -96,8 +97,7 @@ class Replica:
         else:
             self.last_failed = False
             self._went_well()
-            release(batch)
-            self._answer(batch, vectors)
+            self._answer(batch, vectors, release)
             return
         # Not while the error is handled: its traceback holds the failed forward's frames, and they its tensors.
         metrics.FAILED.labels("oom" if out_of_memory else "error").inc()
@@ -119,7 +119,7 @@ class Replica:
         model_id, stage = batch[0].submission.group
         model = self._models[model_id]
         started = time.monotonic()
-        vectors = self._stage(model, stage, batch, [self._context(model_id, job.submission.payload) for job in batch])
+        vectors = self._stage(model, stage, batch, self._contexts_of(model_id, batch))
         seconds = time.monotonic() - started
         for submission in {id(job.submission): job.submission for job in batch}.values():
             submission.ran(seconds)
@@ -141,6 +141,12 @@ class Replica:
             vectors = fetch(run(texts, contexts))
         return np.asarray(vectors(), dtype=np.float32)
 
+    def _contexts_of(self, model_id: str, batch: Sequence[Job]) -> list[DeviceContext]:
+        """One a job; each of them looked up, or loaded, once."""
+        payloads = {job.submission.payload.key: job.submission.payload for job in batch}
+        found = {key: self._context(model_id, payload) for key, payload in payloads.items()}
+        return [found[job.submission.payload.key] for job in batch]
+
     def _context(self, model_id: str, payload: Payload) -> DeviceContext:
         key = (model_id, payload.key)
         with self._lock:
@@ -151,26 +157,29 @@ class Replica:
             with self._lock:
                 if self._contexts.getsizeof(context) <= self._contexts.maxsize:
                     self._contexts[key] = context
-                metrics.CONTEXT_BYTES.set(self._contexts.currsize)
+                metrics.CONTEXT_BYTES.labels(self.device).set(self._contexts.currsize)
         return context
 
-    def _answer(self, batch: Sequence[Job], vectors: FloatArray) -> None:
-        for job, row in zip(batch, vectors, strict=True):
-            if job.submission.future.cancelled():
-                metrics.CANCELLED.labels("running").inc()
-            elif np.isfinite(row).all():
-                job.submission.fill(job.index, row)
-            else:
-                metrics.FAILED.labels("non_finite").inc()
-                self._recompute(job)
+    def _answer(self, batch: Sequence[Job], vectors: FloatArray, release: Callable[[Sequence[Job]], None]) -> None:
+        """Finite vectors first: another try at the others may take as long as loading a model."""
+        wanted = [not job.submission.future.cancelled() for job in batch]
+        metrics.CANCELLED.labels("running").inc(wanted.count(False))
+        doubtful = [i for i, row in enumerate(vectors) if wanted[i] and not np.isfinite(row).all()]
+        release([job for i, job in enumerate(batch) if i not in doubtful])
+        for i, job in enumerate(batch):
+            if wanted[i] and i not in doubtful:
+                job.submission.fill(job.index, vectors[i])
+        for job in (batch[i] for i in doubtful):
+            metrics.FAILED.labels("non_finite").inc()
+            self._recompute(job, release)
 
-    def _recompute(self, job: Job) -> None:
-        """Alone, in float32."""
+    def _recompute(self, job: Job, release: Callable[[Sequence[Job]], None]) -> None:
         try:
-            row = self._in_float32(job)
+            row = self._alone(job)
         except Exception as error:
             log.error("a vector that is not finite could not be computed again", exc_info=error)
             row = None
+        release([job])
         if row is not None and np.isfinite(row).all():
             metrics.NON_FINITE.labels("recomputed").inc()
             job.submission.fill(job.index, row)
@@ -178,25 +187,27 @@ class Replica:
         metrics.NON_FINITE.labels("failed").inc()
         job.submission.fail(NonFiniteEmbedding("The model gave a vector with NaN or infinite values for this input."))
 
-    def _in_float32(self, job: Job) -> FloatArray | None:
+    def _alone(self, job: Job) -> FloatArray | None:
+        """As it was, and if that does not help in float32; None where that was tried just now, or is being tried."""
         model_id, stage = job.submission.group
         model = self._models[model_id]
-        if self._exact is None or model.spec.dtype == "float32":
-            same: FloatArray = self._stage(model, stage, [job], [self._context(model_id, job.submission.payload)])[0]
-            return same
-        with self._exact_lock:
+        row: FloatArray = self._stage(model, stage, [job], self._contexts_of(model_id, [job]))[0]
+        if self._exact is None or model.spec.dtype == "float32" or np.isfinite(row).all():
+            return row
+        with self._lock:
             if time.monotonic() - self._exact_at < EXACT_SECONDS:
                 return None
             self._exact_at = time.monotonic()
-            exact = self._exact(model_id, model.spec.device)
-            row: FloatArray = self._stage(exact, stage, [job], [exact.load_context(job.submission.payload.arrays)])[0]
-            return row
+        exact = self._exact(model_id, model.spec.device)
+        row = self._stage(exact, stage, [job], [exact.load_context(job.submission.payload.arrays)])[0]
+        return row
 
     def _make_room(self, batch: Sequence[Job]) -> None:
         """Caches emptied, and later batches at most half as large as this one."""
         tokens, longest = sum(job.cost for job in batch), max(job.cost for job in batch)
         with self._lock:
             self._contexts.clear()
+            metrics.CONTEXT_BYTES.labels(self.device).set(0)
             self._good = 0
             self._batch_tokens = min(self._batch_tokens, max(tokens // 2, longest))
         metrics.BUDGET.labels(self.device).set(self._batch_tokens)

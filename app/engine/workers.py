@@ -69,6 +69,15 @@ class Worker:
         with self._lock:
             self._held, self._since = {id(job): job for job in batch}, now
 
+    def overdue(self, seconds: float, now: float) -> list[Job]:
+        """Everything it held, if it has held it for longer; it is stuck from then on."""
+        with self._lock:
+            if not self._held or now - self._since <= seconds:
+                return []
+            self.stuck = True
+            jobs, self._held = list(self._held.values()), {}
+            return jobs
+
     def gave_all(self) -> list[Job]:
         """Everything it held."""
         with self._lock:
@@ -79,10 +88,6 @@ class Worker:
         """Those of `jobs` it still held; it no longer does."""
         with self._lock:
             return [job for job in jobs if self._held.pop(id(job), None) is not None]
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._held)
 
     @property
     def since(self) -> float:
@@ -175,8 +180,15 @@ class Crew:
             self._give_up(f"device workers died {len(self._deaths)} times, last by {type(error).__name__}")
         else:
             metrics.RESTARTS.labels(worker.replica.device).inc()
-            self._start(worker)
+            self._restart(worker)
         self._fail(jobs, STOPPED)  # last: who hears of it finds the engine as it now is
+
+    def _restart(self, worker: Worker) -> None:
+        try:
+            self._start(worker)
+        except RuntimeError as error:  # the machine gives no more threads
+            worker.lost, worker.thread = True, None
+            self._give_up(f"a device worker cannot be started again: {error}")
 
     def _fail(self, jobs: Sequence[Job], message: str) -> None:
         self._desk.release(jobs)
@@ -203,8 +215,7 @@ class Crew:
         seconds = time.monotonic() - worker.since
         if worker.stuck and seconds > 2 * self._stuck_seconds:
             self._give_up(f"a forward has not returned for {seconds:.0f} s")
-        if worker.is_busy and self._stuck_seconds and seconds > self._stuck_seconds:
-            worker.stuck = True
+        if self._stuck_seconds and (jobs := worker.overdue(self._stuck_seconds, time.monotonic())):
             log.error("device worker %d: a forward has not returned for %.0f s", worker.number, seconds)
-            self._fail(worker.gave_all(), STUCK)
+            self._fail(jobs, STUCK)
         return seconds if worker.stuck else 0.0

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain import Caller, Stage, TokenizedText
+from app.domain import Arrays, Caller, Stage, TokenizedText
 from app.engine import metrics
+from app.engine.batching import submission_jobs
 from app.engine.faults import device_fault
 from app.engine.replica import GROW_AFTER
-from app.engine.workers import RESTARTS, Problem
+from app.engine.workers import RESTARTS, Problem, Worker
 from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
 from app.models.base import DeviceContext
 from tests.engine.stub import SPEC, StubModel, context, text
@@ -179,6 +180,60 @@ def test_a_vector_that_is_not_finite_is_computed_again_in_float32() -> None:
     engine.stop(5)
 
 
+def test_neighbours_are_answered_while_the_float32_model_is_loaded() -> None:
+    loading = threading.Event()
+
+    def exact(_model_id: str, _device: str) -> StubModel:
+        assert loading.wait(20)
+        return StubModel()
+
+    gate = Gate()
+    engine = engine_of(Rounded(before=gate), exact=exact)
+    first = engine.submit("stub", Stage.SECOND, [text(1)], context(5.0))
+    assert gate.entered.wait(10)
+    doubtful, *others = (engine.submit("stub", Stage.SECOND, [text(i)], context(5.0)) for i in (9, 10, 11))
+    gate.open.set()
+    assert [f.result(10)[0, 0] for f in (first, *others)] == [1, 10, 11]
+    assert not doubtful.done()
+    assert engine.queued_tokens == 11, "it is still held by its worker, which the watchdog sees"
+    loading.set()
+    assert doubtful.result(10)[0, 0] == 9
+    engine.stop(5)
+
+
+def test_a_text_that_was_spoilt_by_another_is_computed_alone() -> None:
+    class Spoiling(Rounded):
+        def second_stage(self, texts: Sequence[TokenizedText], contexts: Sequence[DeviceContext]) -> Tensor:
+            rows = super().second_stage(texts, contexts)
+            return rows if rows.isfinite().all() else torch.full_like(rows, torch.nan)
+
+    def exact(_model_id: str, _device: str) -> StubModel:
+        raise RuntimeError("there is no room for it")
+
+    engine = engine_of(Spoiling(), exact=exact)
+    with engine._changed:  # so that all are in one batch
+        futures = [engine.submit("stub", Stage.SECOND, [text(i)], context(5.0)) for i in (9, 1, 2, 3)]
+    with pytest.raises(NonFiniteEmbedding):
+        futures[0].result(10)
+    assert [f.result(10)[0, 0] for f in futures[1:]] == [1, 2, 3]
+    engine.stop(5)
+
+
+def test_a_context_that_is_not_kept_is_loaded_once_a_batch() -> None:
+    loads = []
+
+    class Counting(StubModel):
+        def load_context(self, arrays: Arrays) -> DeviceContext:
+            loads.append(1)
+            return super().load_context(arrays)
+
+    engine = engine_of(Counting(), cache_bytes=1)
+    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(20)], context(5.0)).result(10)
+    np.testing.assert_array_equal(rows[:, 0], range(20))
+    assert len(loads) == 1
+    engine.stop(5)
+
+
 def test_a_float32_model_computes_such_a_vector_once_more_itself() -> None:
     once: list[int] = []
 
@@ -214,6 +269,41 @@ def test_a_worker_that_dies_is_started_again_and_its_callers_are_told() -> None:
     assert engine.queued_tokens == 0
     with pytest.raises(EngineUnavailable):
         engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
+    engine.stop(5)
+
+
+def test_a_worker_that_cannot_be_started_again_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    fatal: list[Exception] = []
+    engine = engine_of(StubModel(deadly), on_fatal=fatal.append)
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith("device"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with pytest.raises(EngineUnavailable):
+        engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0)).result(10)
+    until(lambda: len(fatal) == 1)
+    assert (engine.problem, engine.queued_tokens) == (Problem.DOWN, 0)
+    with pytest.raises(EngineUnavailable):
+        engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
+    engine.stop(5)
+
+
+def test_only_what_is_held_for_too_long_is_overdue() -> None:
+    engine = engine_of(StubModel())
+    worker = Worker(0, engine._crew.workers[0].replica)
+    batch = submission_jobs(("stub", Stage.SECOND), [text(1)], context(1.0), hidden_size=4, context_rows=0)
+    worker.took(batch, 100.0)
+    assert worker.overdue(5.0, 105.0) == []
+    worker.gave(batch)  # in the moment before the watchdog's verdict
+    assert worker.overdue(5.0, 200.0) == []
+    assert not worker.stuck
+    worker.took(batch, 300.0)
+    assert (worker.overdue(5.0, 306.0), worker.stuck) == (batch, True)
+    assert worker.overdue(5.0, 400.0) == [], "its callers were told"
     engine.stop(5)
 
 
