@@ -169,7 +169,7 @@ def _where_to_look(ref: ContextRef) -> str:
     if ref.id is not None:
         return "GET /v1/contexts lists those that are there."
     if ref.version is not None:
-        return f"GET /v1/contexts/{ref.name}/versions lists its versions."
+        return "GET /v1/contexts/NAME/versions lists its versions."
     return "POST /v1/contexts creates it."
 
 
