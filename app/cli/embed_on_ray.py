@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import messages, progress
+from app.corpora import BadCorpus
 from app.domain import Payload
 from app.errors import ConfigError
 from app.offline import Offline
@@ -53,6 +54,8 @@ def embed_on_ray(recipe: Recipe, context_of: ContextOf, input_: str, output: str
     corpus = Corpus(source, folder, tuple(names), options.keep, options.part_rows or PART_ROWS)
     ray_data.connect()
     parts = ray_data.cut_corpus(corpus)
+    if not parts:
+        raise BadCorpus(f"{input_} holds no text")
     with Offline(recipe.model, recipe.options) as offline:
         context, spec = context_of(offline), offline.spec
     del offline  # its weights are the workers' room

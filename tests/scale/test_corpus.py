@@ -87,7 +87,7 @@ def test_equal_to_the_single_process(corpus: Path, context: Path, tmp_path: Path
     assert len(rows) == 200
     for name in ("a.jsonl", "b.jsonl", "c.parquet", "deep/d.txt"):
         alone = tmp_path / "alone.parquet"
-        run("--input", corpus / name, "--output", alone, "--context", context)
+        run("--input", corpus / name, "--output", alone, "--context", context, "--overwrite")
         expected = pq.read_table(alone)
         assert_same(vectors(rows, name), np.array(expected["embedding"].to_pylist()))
         ids = [row["_id"] for (path, _), row in sorted(rows.items()) if path == name]
@@ -179,6 +179,9 @@ def test_what_is_wrong_with_a_text_is_said_with_its_place(context: Path, tmp_pat
     ]
     write_lines(source, [{"text": "short"}, {"title": "no text"}])
     assert str(run(*options, code=1).exception) == 'in.jsonl:2: neither a string nor an object with a string "text"'
+    assert not out.exists()
+    source.write_text("\n")
+    assert "holds no text" in str(run(*options, code=1).exception)
     assert not out.exists()
     write_lines(source, [{"text": "short"}, {"text": "word " * 600}])
     message = str(run(*options, code=1).exception)

@@ -125,6 +125,7 @@ def test_options_of_the_other_engine(tmp_path: Path) -> None:
     options = ["--model", GOLDENS / V1, "--input", tmp_path / "in.txt", "--input-type", "none", "--output", "x.npy"]
     command = ["embed", *map(str, options)]
     assert "for --engine ray only" in CliRunner().invoke(app, [*command, "--workers", "2"]).output
+    assert "not for --engine ray" in CliRunner().invoke(app, [*command, "--engine", "ray", "--overwrite"]).output
     if importlib.util.find_spec("ray") is None:
         refused = CliRunner().invoke(app, [*command, "--engine", "ray"]).exception
         assert "pip install 'cde-server[ray]'" in str(refused)
