@@ -17,7 +17,7 @@ from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.client import LOCAL, KeyOption, UrlOption, address, bearer
 from app.cli.options import RevisionOption, messages
-from app.models.loading import LoadOptions, check_device
+from app.models.loading import BUILTIN, LoadOptions, check_device
 
 bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
 
@@ -95,6 +95,8 @@ def gpu(
 def _checkpoint(random: Literal["v1", "v2"] | None, model: str | None, revision: str | None) -> Checkpoint:
     if (random is None) == (model is None):
         raise typer.BadParameter("give one of --random and --model")
+    if model == BUILTIN:
+        raise typer.BadParameter(f"{BUILTIN} is no checkpoint: name one of a CDE model, as a Hub id or a folder")
     return random_checkpoint(random) if random else read_checkpoint(str(model), revision)
 
 
@@ -159,7 +161,7 @@ def http(
     model: Annotated[str, typer.Option(help="MODEL[@CONTEXT][:INPUT_TYPE]")] = "minilm-context",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long")] = 20.0,
     clients: Annotated[int, typer.Option(min=1, help="Closed loop: how many ask at once")] = 8,
-    rate: Annotated[float | None, typer.Option(help="Open loop instead: requests a second")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop instead: requests a second")] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts of a request")] = 1,
     words: Annotated[int, typer.Option(min=1, help="Words of a text, about")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,

@@ -16,7 +16,14 @@ CONNECT_SECONDS = 10.0
 
 
 def address(url: str) -> str:
-    """Of the server; the base URL that OpenAI clients take is one, too."""
+    """Of the server; the base URL that OpenAI clients take is one, too. Raises typer.BadParameter."""
+    try:
+        parts = httpx.URL(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.host)
+    except httpx.InvalidURL:
+        whole = False
+    if not whole:
+        raise typer.BadParameter(f"{url!r} is no address of a server: give --url or CDE_URL one like {LOCAL}")
     return url.rstrip("/").removesuffix("/v1")
 
 
@@ -25,7 +32,10 @@ def bearer(key: str | None) -> dict[str, str]:
     if not key:
         return {}
     if not key.isascii() or not key.isprintable():
-        raise typer.BadParameter("the API key holds characters that no header carries: is it another text?")
+        raise typer.BadParameter(
+            "the API key holds characters that no header carries: give --api-key or CDE_API_KEY the key alone, as "
+            "`cde-server keys create` printed it"
+        )
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -33,7 +43,7 @@ class Server:
     """The server's API; a refusal ends the command with its message."""
 
     def __init__(self, url: str, key: str | None, model: str | None) -> None:
-        """Raises typer.BadParameter for a key that is none."""
+        """Raises typer.BadParameter for a URL or a key that is none."""
         self._url = address(url)
         self._headers = bearer(key)
         self._params = {"model": model} if model else {}

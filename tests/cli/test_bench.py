@@ -117,8 +117,8 @@ def test_the_bound_of_a_precision_is_never_below_a_more_exact_ones() -> None:
 
 @pytest.mark.parametrize("loop", [["--clients", "3"], ["--rate", "20"]])
 def test_load_over_http(server: str, loop: list[str]) -> None:
-    options = ["bench", "http", "--url", server, "--model", "v1-tiny-c16", "--seconds", "1", "--texts", "2", "--json"]
-    result = CliRunner().invoke(app, [*options, *loop])
+    options = ["bench", "http", "--model", "v1-tiny-c16", "--seconds", "1", "--texts", "2", "--json"]
+    result = CliRunner().invoke(app, [*options, *loop], env={"CDE_URL": f"{server}/v1"})
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["answered"] > 3
@@ -129,7 +129,10 @@ def test_load_over_http(server: str, loop: list[str]) -> None:
 
 def test_refusals_are_counted(server: str) -> None:
     options = ["bench", "http", "--url", server, "--model", "nope", "--seconds", "0.3", "--clients", "1", "--json"]
-    report = json.loads(CliRunner().invoke(app, options).stdout)
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 1
+    assert "model_not_found" in result.stderr
+    report = json.loads(result.stdout)
     assert report["answered"] == 0
     assert report["refused"][str(int(httpx.codes.NOT_FOUND))] > 0
 
@@ -142,6 +145,8 @@ def test_refusals_are_counted(server: str) -> None:
         ["--random", "v1", "--variants", "fast"],
         ["gpu", "--device", "cpu"],
         ["gpu", "--random", "v1", "--variants", "int8"],
+        ["--model", "builtin/minilm-context"],
+        ["http", "--rate", "0"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
