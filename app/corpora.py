@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 
 class BadCorpus(ValueError):
@@ -50,6 +51,10 @@ def read_records(path: Path) -> Iterator[Record]:
 
     Raises BadCorpus, OSError.
     """
+    if path.is_dir():
+        raise BadCorpus(f"{path}: this is a folder; name a file of texts: {', '.join(TEXT_SUFFIXES)}")
+    if not path.exists():
+        raise BadCorpus(f"{path}: there is no such file, seen from {Path.cwd()}")
     with path.open("rb") as file:
         for row in read_rows(file, str(path)):
             yield row.record
@@ -134,6 +139,9 @@ class Collection:
 
 def read_beir(folder: Path) -> Collection:
     """corpus.jsonl, queries.jsonl and qrels/test.tsv. Raises BadCorpus, OSError."""
+    missing = [name for name in BEIR_FILES if not (folder / name).is_file()]
+    if missing:
+        raise BadCorpus(f"{folder}: no {missing[0]} there; a folder in BEIR's layout has {', '.join(BEIR_FILES)}")
     qrels: dict[str, dict[str, int]] = {}
     path = folder / "qrels" / "test.tsv"
     with path.open(encoding="utf-8", newline="") as file:

@@ -23,13 +23,19 @@ OUTPUT_SUFFIXES = (".npy", ".safetensors", ".jsonl", ".parquet")
 ROWS = 8192
 
 
+def check_output(output: Path) -> None:
+    """What can be told before there are vectors. Raises BadCorpus."""
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise BadCorpus(f"{output}: unknown kind of output; known: {', '.join(OUTPUT_SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise BadCorpus(f"{output}: there is no folder {output.parent}; create it, or choose another output")
+
+
 class PartialVectors:
     """The growing raw file beside an output."""
 
     def __init__(self, output: Path, *, dimensions: int, made_of: str) -> None:
         """`made_of`: everything that decides the vectors; a partial file of something else is thrown away."""
-        if output.suffix.lower() not in OUTPUT_SUFFIXES:
-            raise BadCorpus(f"{output}: unknown kind of output; known: {', '.join(OUTPUT_SUFFIXES)}")
         self._output = output
         self._dimensions = dimensions
         self._raw = output.with_name(output.name + ".partial")

@@ -30,7 +30,7 @@ from app.cli.options import (
 from app.context_refs import parse_ref
 from app.corpora import TEXT_SUFFIXES, BadCorpus, read_records
 from app.domain import Arrays, InputType, Payload, Selection, Space
-from app.embedding_files import PartialVectors, describe
+from app.embedding_files import PartialVectors, check_output, describe
 from app.errors import ConfigError
 from app.models.base import InvalidContext
 from app.models.loading import LoadOptions
@@ -92,6 +92,7 @@ def embed(
     elif on_ray != RayOptions():
         raise typer.BadParameter("--workers, --num-cpus, --num-gpus, --keep and --part-rows are for --engine ray only")
     else:
+        check_output(Path(output))
         if Path(output).exists() and not overwrite:
             raise typer.BadParameter(f"{output} is there: choose another output, or replace it with --overwrite")
         _embed_here(recipe, context_of, Path(input_), Path(output))

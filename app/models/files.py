@@ -76,7 +76,7 @@ def locate(model: str, revision: str | None = None) -> CheckpointFiles:
 
 def check_name(model: str) -> None:
     """Raises CheckpointError where no Hub could have `model`, and no folder is called so."""
-    is_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    is_id = model.count("/") == 1 and not model.startswith((".", "/", "~", "builtin/"))
     if not is_id and not Path(model).expanduser().is_dir():
         raise CheckpointError(
             f"{model!r} is neither a folder nor a Hub id like jxm/cde-small-v2, nor builtin/minilm-context"

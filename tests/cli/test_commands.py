@@ -108,6 +108,16 @@ def test_embed_goes_on_where_it_was_cut_short(run: Run, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), whole, atol=1e-6)  # batches fall differently
 
 
+def test_embed_keeps_what_is_there_unless_told(run: Run, tmp_path: Path) -> None:
+    file, output = texts_file(tmp_path / "in.txt", ANIMALS), tmp_path / "o.npy"
+    output.write_bytes(b"of weeks")
+    options = ["embed", *MODEL, "--input", file, "--input-type", "document", "--output", output]
+    assert "--overwrite" in run(*options, code=2).output
+    assert output.read_bytes() == b"of weeks"
+    run(*options, "--overwrite")
+    assert np.load(output).shape == (12, 64)
+
+
 def test_embed_refuses_long_texts_unless_told(run: Run, tmp_path: Path) -> None:
     file = texts_file(tmp_path / "in.txt", ["word " * 600])
     options = ["embed", *MODEL, "--input", file, "--input-type", "document", "--output", tmp_path / "o.npy"]
@@ -202,7 +212,22 @@ def test_verify_notices_a_difference(run: Run, tmp_path: Path) -> None:
         (
             ["embed", "--model", "x", "--input", "no.txt", "--input-type", "none", "--output", "x.npy"],
             1,
-            "error: no.txt:",
+            "error: no.txt: there is no such file, seen from /",
+        ),
+        (
+            ["embed", "--model", "x", "--input", ".", "--input-type", "none", "--output", "x.npy"],
+            1,
+            "this is a folder; name a file of texts: .txt",
+        ),
+        (
+            ["embed", "--model", "x", "--input", "in.txt", "--input-type", "none", "--output", "away/x.npy"],
+            1,
+            "there is no folder away; create it",
+        ),
+        (
+            ["embed", "--model", "x", "--input", "in.txt", "--input-type", "none", "--output", "x.bin"],
+            1,
+            "known: .npy",
         ),
         (
             ["embed", "--model", "minilm", "--input", "in.txt", "--input-type", "none", "--output", "x.npy"],
@@ -211,11 +236,15 @@ def test_verify_notices_a_difference(run: Run, tmp_path: Path) -> None:
         ),
         (["embed", "--model", "x", "--input", "empty.txt", "--input-type", "none", "--output", "x.npy"], 1, "no text"),
         (
-            ["embed", "--model", "x", "--input", "in.txt", "--input-type", "none", "--output", "in.txt"],
+            ["embed", "--model", "x", "--input", "in.txt", "--input-type", "none", "--output", "there.npy"],
             2,
             "--overwrite",
         ),
-        (["eval", "nowhere", "--model", "x"], 1, "error: nowhere/qrels/test.tsv: No such file or directory"),
+        (["eval", "nowhere", "--model", "x"], 1, "nowhere: no corpus.jsonl there; a folder in BEIR's layout has"),
+        (["contexts", "import", "legal", "no.npy"], 1, "error: no.npy: No such file or directory"),
+        (["contexts", "list", "--url", "http://host:port"], 2, "'http://host:port' is no address of a server"),
+        (["contexts", "list", "--url", "localhost:8000"], 2, "one like http://127.0.0.1:8000"),
+        (["bench", "http", "--url", "http://host:port"], 2, "'http://host:port' is no address of a server"),
         (["contexts", "export", "legal", "legal.bin"], 2, ".safetensors, .npy"),
         (["contexts", "list", "--api-key", "clé-secrète"], 2, "characters that no header carries"),
         (
@@ -237,7 +266,8 @@ def test_what_goes_wrong_is_one_readable_message(  # noqa: PLR0917
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     Path("in.txt").write_text("one\n")
-    Path("empty.txt").touch()
+    for name in ("empty.txt", "there.npy"):
+        Path(name).touch()
     monkeypatch.setattr("sys.argv", ["cde-server", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()

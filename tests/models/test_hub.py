@@ -294,7 +294,9 @@ def test_gated_repository(hub: HubServer, online: Loader, tmp_path: Path) -> Non
     assert "HF_TOKEN" in message
 
 
-@pytest.mark.parametrize("name", ["cde-small-v2", "a/b/c", "./nowhere", "me/with space", "me/double--dash"])
+@pytest.mark.parametrize(
+    "name", ["cde-small-v2", "a/b/c", "./nowhere", "me/with space", "me/double--dash", "builtin/minilm"]
+)
 def test_what_is_no_name(hub: HubServer, online: Loader, name: str) -> None:
     assert "neither a folder nor a Hub id" in online.refused(name)
     assert not hub.requests
