@@ -14,6 +14,7 @@ from app.building import ContextBuilder
 from app.catalog import Catalog
 from app.contexts import Contexts
 from app.engine.engine import Engine, EngineOptions
+from app.errors import CheckpointError
 from app.models.base import TwoStageModel
 from app.models.loading import BUILTIN, LoadOptions, load_model
 from app.registry import Registry, ServedModel
@@ -128,7 +129,10 @@ def devices_of(settings: Settings) -> list[str | None]:
 def _in_float32(settings: Settings, registry: Registry, model_id: str, device: str) -> TwoStageModel:
     """The model once more on `device`, as exactly as it can be computed. Raises CheckpointError."""
     (chosen,) = [m for m in settings.models if registry.get(served_names(m)[0]).id == model_id]
-    return load_model(chosen.name, replace(options_of(chosen, device), dtype="float32")).model
+    exact = load_model(chosen.name, replace(options_of(chosen, device), dtype="float32")).model
+    if exact.spec.revision != registry.get(model_id).spec.revision:
+        raise CheckpointError(f"{chosen.name} has other weights now than those that are served")
+    return exact
 
 
 def options_of(settings: ModelSettings, device: str | None = None) -> LoadOptions:

@@ -79,7 +79,7 @@ class ContextBuilder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._building: dict[tuple[str, bool], _Build] = {}  # by id, and whether in the background
+        self._building: dict[tuple[str, bool], _Build] = {}  # by model and id, and whether in the background
 
     async def plan(
         self,
@@ -125,7 +125,8 @@ class ContextBuilder:
         known: Mapping[TokenizedText, FloatArray] = {}
         if not plan.is_chosen:
             plan, known = await self._diverse(served, plan, progress, caller)
-        key = (plan.id, caller.background and (plan.id, False) not in self._building)
+        own = f"{served.id} {plan.id}"  # one that is served in two precisions has two first stages
+        key = (own, caller.background and (own, False) not in self._building)
         build = self._building.get(key)
         if build is None:
             whole = replace(caller, deadline=None)  # others may join, and wait longer

@@ -125,11 +125,13 @@ class Contexts:
         plan = await self._builder.plan(served, minicorpus, param="context")
 
         async def load() -> Payload:
-            payload = self._payloads.get(plan.id)
+            # By model too: one that is served in two precisions has two first stages.
+            key = f"{served.id} {plan.id}"
+            payload = self._payloads.get(key)
             source = "resident" if payload else "built"
             if payload is None:
                 outcome = await self._builder.build(served, plan, caller=caller)
-                payload = self.keep(Payload(outcome.id, outcome.arrays))
+                payload = self.keep(Payload(outcome.id, outcome.arrays), key)
             CONTEXT_USES.labels(source).inc()
             return payload
 
@@ -148,10 +150,10 @@ class Contexts:
                 param="context",
             )
 
-    def keep(self, payload: Payload) -> Payload:
-        """In memory, while there is room."""
+    def keep(self, payload: Payload, key: str | None = None) -> Payload:
+        """In memory, while there is room; by its content's id, or another key."""
         if self._payloads.getsizeof(payload) <= self._payloads.maxsize:
-            self._payloads[payload.key] = payload
+            self._payloads[key or payload.key] = payload
             CONTEXTS_RESIDENT.set(len(self._payloads))
             CONTEXTS_RESIDENT_BYTES.set(self._payloads.currsize)
         return payload

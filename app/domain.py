@@ -85,6 +85,8 @@ class ModelSpec:
     is_cde: bool
     pads: bool = False
     """Its batches are padded to their longest text; else rows are packed."""
+    config_revision: str = ""
+    """Of the backbone's configuration, where the weights alone do not say what is computed."""
     approximate: bool = False
     """Context rows are frozen: not what the model was fitted to compute, and not comparable with it."""
     fallback_documents: tuple[str, ...] | None = None
@@ -97,7 +99,8 @@ class ModelSpec:
 
     def fingerprint(self, context_id: str, dimensions: int, *, normalized: bool) -> str:
         """Hash over everything that decides a vector besides its text: equal fingerprints, comparable vectors."""
-        parts = (self.revision, self.tokenizer_revision, self.semantics, context_id, self.dtype, dimensions, normalized)
+        model = (self.revision, self.config_revision, self.tokenizer_revision, self.semantics, self.max_length)
+        parts = (*model, context_id, self.dtype, dimensions, normalized)
         return "fp_" + hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 

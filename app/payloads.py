@@ -97,7 +97,7 @@ def id_of_arrays(spec: ModelSpec, arrays: Arrays) -> str:
 
 
 def _digest(spec: ModelSpec, *parts: str) -> "hashlib._Hash":
-    return hashlib.sha256("\0".join((spec.revision, *parts, "")).encode())
+    return hashlib.sha256("\0".join((spec.revision, spec.config_revision, *parts, "")).encode())
 
 
 def _id(digest: "hashlib._Hash") -> str:

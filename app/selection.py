@@ -90,7 +90,8 @@ def select(
 
 
 def farthest_first(vectors: FloatArray, size: int) -> tuple[list[int], float]:
-    """Greedy k-center on vectors (n, hidden_size) by cosine distance (Gonzalez, 1985): within twice the best radius.
+    """Greedy k-center on vectors (n, hidden_size) by cosine distance (Gonzalez, 1985): of unit vectors within twice the
+    best radius, which is four times in cosine distance.
 
     Begins with the first row, then always takes the one farthest from all that are taken. Returns the taken rows, at
     most `size`, and the radius: the largest distance of a row to the nearest taken one.

@@ -21,6 +21,7 @@ from app.bench.compute import FIRST_STAGE, FROZEN, MIXED, REFERENCE, Run, differ
 from app.bench.models import Checkpoint, load_checkpoint, random_texts
 from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS
+from app.models.base import settle_cuda
 from app.models.contextual import ContextualModel, Semantics
 from app.models.loading import LoadOptions
 from app.models.tuning import fastest
@@ -55,6 +56,7 @@ class GpuComparison:
 
     def __init__(self, checkpoint: Checkpoint, variants: Sequence[str], *, device: torch.device, rounds: int) -> None:
         """Raises ConfigError where the reference is asked for and transformers is missing."""
+        settle_cuda()  # as where models are served
         self._family = checkpoint.family
         self._device = device
         self._rounds = rounds

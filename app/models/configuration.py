@@ -67,6 +67,11 @@ def backbone_of(config: Mapping[str, Any], files: CheckpointFiles) -> tuple[Back
         "autoregressive_backbone": False,
         "dataset_backbone": None,
         "transductive_sequence_dropout_prob": 0.0,
+        "disable_transductive_rotary_embedding": True,
+        "biencoder_pooling_strategy": "mean",
+        "pooling_strategy": "mean",
+        "pool_ignore_contextual_tokens": True,
+        "pool_ignore_instruction_tokens": True,
     }
     wrong = {k: config[k] for k, v in expected.items() if k in config and config[k] not in (v, embedder)}
     sizes = {"transductive_corpus_size": config.get("transductive_corpus_size")}

@@ -1,5 +1,6 @@
 """A model's name -> the loaded model: weights, tokenizer and spec put together."""
 
+import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         device=str(device),
         has_first_stage=options.first_stage,
         is_cde=True,
+        config_revision=hashlib.sha256(repr(second.config).encode()).hexdigest(),
         approximate=options.context_attention == "frozen",
         fallback_documents=tuple(fallback.read_text(encoding="utf-8").splitlines()) if fallback else None,
     )
@@ -211,9 +213,10 @@ def _semantics(backbone: Backbone, options: LoadOptions) -> Semantics:
 
 def _semantics_name(semantics: Semantics, backbone: Backbone, options: LoadOptions) -> str:
     """`training` or `hub`; with what was changed by hand appended, so that it is part of the fingerprint."""
-    name: str = options.semantics
-    if semantics != backbone.semantics[options.semantics]:
-        name += f"+residual={semantics.output_residual}+mask_instruction={semantics.mask_instruction}"
+    names = [options.semantics, *(name for name in backbone.semantics if name != options.semantics)]
+    name = next((name for name in names if backbone.semantics[name] == semantics), None)
+    if name is None:
+        name = f"{options.semantics}+residual={semantics.output_residual}+mask_instruction={semantics.mask_instruction}"
     return name + ("+frozen-context" if options.context_attention == "frozen" else "")
 
 

@@ -16,6 +16,9 @@ from app.models.layout import Layout
 from app.models.pointwise import Norm, Normed, Sum, gated, onto
 from app.models.transformer import Block, Transformer
 
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+"""What transformers calls kinds of layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModernBertConfig:
@@ -37,12 +40,29 @@ class ModernBertConfig:
         wrong = {k: raw[k] for k, v in required.items() if k in raw and raw[k] != v}
         if wrong:
             raise ValueError(f"ModernBERT with {wrong} is not supported")
+        raw = {**raw, **_thetas(raw.get("rope_parameters"))}
         config = cls(**{k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None})
+        layers = [
+            GLOBAL if i % config.global_attn_every_n_layers == 0 else LOCAL for i in range(config.num_hidden_layers)
+        ]
+        if raw.get("layer_types", layers) not in (None, layers):
+            raise ValueError(
+                "ModernBERT whose layer_types are not every n-th global, from the first on, is not supported"
+            )
         if config.num_hidden_layers < 2:
             raise ValueError("ModernBERT with fewer than two layers is not supported")
         if config.num_attention_heads < 1 or config.hidden_size % (2 * config.num_attention_heads):
             raise ValueError("ModernBERT: hidden_size does not split into num_attention_heads heads of even size")
         return config
+
+
+def _thetas(rope: Mapping[str, Any] | None) -> dict[str, float]:
+    """As transformers 5 writes them. Raises ValueError."""
+    if rope is None:
+        return {}
+    if set(rope) != {GLOBAL, LOCAL} or any(rope[kind].get("rope_type") != "default" for kind in rope):
+        raise ValueError(f"ModernBERT with rope_parameters {rope} is not supported")
+    return {"global_rope_theta": rope[GLOBAL]["rope_theta"], "local_rope_theta": rope[LOCAL]["rope_theta"]}
 
 
 class SelfAttention(Attention):

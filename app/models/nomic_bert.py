@@ -44,6 +44,8 @@ class NomicBertConfig:
             "mlp_fc1_bias": False,
             "mlp_fc2_bias": False,
             "causal": False,
+            # As transformers' own class of that name would write it, which is not this layout.
+            "rope_parameters": None,
         }
         wrong = {k: raw[k] for k, v in required.items() if k in raw and raw[k] != v}
         if wrong:

@@ -170,8 +170,8 @@ def test_ndcg_of_a_known_ranking(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "rank"
     (folder / "qrels").mkdir(parents=True)
     texts_file(folder / "corpus.jsonl", ["cats purr", "cats purr loudly", "stock markets fell"])
-    texts_file(folder / "queries.jsonl", ["cats purr"])
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td2\t1\n")
+    (folder / "queries.jsonl").write_text('{"_id": "q0", "text": "cats purr"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td2\t1\n")
     rows = json.loads(run("eval", folder, "--model", "builtin/minilm-context", "--seeds", "1", "--json").stdout)["rows"]
     assert rows[0]["ndcg@10"] == pytest.approx(50)
 
@@ -317,3 +317,14 @@ def test_keys_create_takes_a_namespace(tmp_path: Path) -> None:
     assert key is not None
     assert (key.namespace, key.scopes) == ("team-a", ("embed",))
     assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "Not OK"]).exit_code == 2
+
+
+def test_a_query_that_is_a_document_does_not_find_itself(run: Run, tmp_path: Path) -> None:
+    """As BEIR has it for ArguAna; a document of the same number with another text is found as any other."""
+    folder = tmp_path / "self"
+    (folder / "qrels").mkdir(parents=True)
+    texts_file(folder / "corpus.jsonl", ["stock markets fell", "cats purr", "cats purr loudly"])
+    (folder / "queries.jsonl").write_text('{"_id": "d1", "text": "cats purr"}\n{"_id": "d0", "text": "markets"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd1\td2\t1\nd0\td0\t1\n")
+    rows = json.loads(run("eval", folder, "--model", "builtin/minilm-context", "--seeds", "1", "--json").stdout)["rows"]
+    assert rows[0]["ndcg@10"] == pytest.approx(100)

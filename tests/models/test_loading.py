@@ -16,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.domain import InputType
+from app.domain import InputType, TokenizedText
 from app.errors import CheckpointError
 from app.models import loading
 from app.models.base import InvalidContext, check_arrays
 from app.models.kernels import Kernels
 from app.models.loading import BUILTIN, BUILTIN_PACKAGE, LoadedModel, LoadOptions, check_options, load_model
+from app.models.modern_bert import ModernBertConfig
+from app.payloads import id_of_documents
 from tests.compare import assert_same
 from tests.models.conftest import GOLDENS, builtin_folder, context_of, embed, load_golden, tokenized
 
@@ -581,3 +583,51 @@ def test_builtin_spec(builtin: LoadedModel) -> None:
     assert spec.default_input_type is InputType.NONE
     assert set(spec.prompts.values()) == {""}
     assert spec.fallback_documents == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("config.json", "max_seq_length", 64), ("backbone_config.json", "THETA", 500.0)],
+)
+def test_what_else_decides_the_vectors_decides_the_fingerprint(
+    checkpoint: Path, file: str, key: str, value: object
+) -> None:
+    backbone = json.loads((checkpoint / "backbone_config.json").read_text())
+    key = key.replace("THETA", "rotary_emb_base" if "rotary_emb_base" in backbone else "global_rope_theta")
+
+    def loaded() -> tuple[str, str]:
+        spec = load_model(str(checkpoint), CPU).model.spec
+        document = TokenizedText((1, 2, 3), InputType.DOCUMENT)
+        return spec.fingerprint("ctx", 64, normalized=True), id_of_documents(spec, "", [document])
+
+    before = loaded()
+    change_config(checkpoint, file, **{key: value})
+    after = loaded()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_semantics_put_together_by_hand_have_the_name_of_those_they_are() -> None:
+    by_hand = load_golden("v2-tiny-c16", "hub", output_residual=True, mask_instruction=True)
+    assert by_hand.model.spec.semantics == "training"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1.0}}}, "rope_parameters"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ],
+)
+def test_layouts_of_modernbert_that_mean_something_else(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModernBertConfig.from_dict({"num_hidden_layers": 4} | change)
+
+
+def test_modernbert_as_transformers_5_writes_it() -> None:
+    kinds = ["full_attention" if i % 3 == 0 else "sliding_attention" for i in range(4)]
+    thetas = {"full_attention": 5000.0, "sliding_attention": 500.0}
+    rope = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()}
+    raw = {"num_hidden_layers": 4, "layer_types": kinds, "rope_parameters": rope}
+    config = ModernBertConfig.from_dict(raw)
+    assert (config.global_rope_theta, config.local_rope_theta) == (5000.0, 500.0)
