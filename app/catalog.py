@@ -135,7 +135,7 @@ class Catalog:
     async def texts(self, space: Space, ref: ContextRef) -> Sequence[str]:
         """The chosen documents. Raises ContextNotFound, also where they were not kept."""
         info = await self.get(space, ref)
-        found = await self._threads.read(self._store.texts, info.id)
+        found = await self._threads.read(self._store.texts, info)
         if found is None:
             raise ContextNotFound(
                 f"The documents of '{ref.text}' were not kept: the setting contexts.keep_documents decides when a "

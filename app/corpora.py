@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+BOM = b"\xef\xbb\xbf"
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 
@@ -43,7 +44,8 @@ class Row:
             raise BadCorpus(f'{self.where}: neither a string nor an object with a string "text"')
         title = raw.get("title")
         text = f"{title} {raw['text']}".strip() if isinstance(title, str) and title else raw["text"]
-        return Record(str(raw.get("_id", self.number)), text)
+        given = raw.get("_id")
+        return Record(str(self.number if given is None else given), text)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -76,12 +78,13 @@ def read_rows(file: BinaryIO, name: str, *, first: int = 0, at: int = 0, columns
 
 def _lines(file: BinaryIO, name: str, number: int, at: int) -> Iterator[Row]:
     parse = _text if PurePath(name).suffix.lower() == ".txt" else _json
-    for line in file:
+    for read in file:
+        line = read if at else read.removeprefix(BOM)
         where = f"{name}:{number + 1}"
         if parse is _text or line.strip():
             yield Row(number, at, where, parse(line, where))
         number += 1
-        at += len(line)
+        at += len(read)
 
 
 def _text(line: bytes, where: str) -> str:

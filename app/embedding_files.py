@@ -5,10 +5,12 @@ cut short goes on behind the last whole row when model, context, options and inp
 The output itself appears at the end, at once.
 """
 
+import fcntl
 import hashlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import orjson
@@ -32,29 +34,42 @@ def check_output(output: Path) -> None:
 
 
 class PartialVectors:
-    """The growing raw file beside an output."""
+    """The growing raw file beside an output, which one run at a time may write; a context manager."""
 
     def __init__(self, output: Path, *, dimensions: int, made_of: str) -> None:
-        """`made_of`: everything that decides the vectors; a partial file of something else is thrown away."""
+        """`made_of`: everything that decides the vectors; a partial file of something else is thrown away.
+
+        Raises BadCorpus where another process is writing it.
+        """
         self._output = output
         self._dimensions = dimensions
         self._raw = output.with_name(output.name + ".partial")
         self._label = output.with_name(output.name + ".partial.json")
         label = orjson.dumps({"made_of": made_of, "dimensions": dimensions})
-        if not (self._label.is_file() and self._raw.is_file() and self._label.read_bytes() == label):
-            self._raw.write_bytes(b"")
+        self._file = self._raw.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this run ends, however it does
+        except BlockingIOError:
+            self._file.close()
+            raise BadCorpus(f"{output}: another process is writing it; wait for it, or choose another output") from None
+        if not self._label.is_file() or self._label.read_bytes() != label:
+            self._file.truncate(0)
             self._label.write_bytes(label)
         self.done = self._raw.stat().st_size // (4 * dimensions)
-        with self._raw.open("r+b") as file:
-            file.truncate(self.done * 4 * dimensions)
+        self._file.truncate(self.done * 4 * dimensions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def extend(self, chunks: Iterator[FloatArray], advance: Callable[[int], None]) -> None:
-        with self._raw.open("ab") as file:
-            for chunk in chunks:
-                file.write(np.ascontiguousarray(chunk, dtype="<f4").tobytes())
-                file.flush()
-                self.done += len(chunk)
-                advance(len(chunk))
+        for chunk in chunks:
+            self._file.write(np.ascontiguousarray(chunk, dtype="<f4").tobytes())
+            self._file.flush()
+            self.done += len(chunk)
+            advance(len(chunk))
 
     def finish(self, records: Iterator[Record]) -> None:
         """Writes the output from the raw rows and the ids of `records`, then removes the partial files."""

@@ -31,6 +31,7 @@ ServiceError
 │       ├── ShuttingDown
 │       ├── TooManyConnections
 │       └── EngineUnavailable
+│           └── OutOfDeviceMemory
 └── ServerFault
     └── NonFiniteEmbedding
 StartupError
@@ -174,6 +175,10 @@ class TooManyConnections(Unavailable):
 
 class EngineUnavailable(Unavailable):
     """The device worker or the context store does not answer."""
+
+
+class OutOfDeviceMemory(EngineUnavailable):
+    """The device had no room for this input, even alone."""
 
 
 class ServerFault(ServiceError):

@@ -62,9 +62,17 @@ class LineAnswers:
         except Exception as error:
             if isinstance(error, StoreError) and error.passes:
                 raise
-            # as LastNet does for a request
-            response = response_of(error)
-            return response.status_code, bytes(response.body)
+            return _answered(error)
+
+    def given_up(self, error: RetryableError) -> tuple[int, bytes]:
+        """What the endpoint answers where this is said again and again."""
+        return _answered(error)
+
+
+def _answered(error: Exception) -> tuple[int, bytes]:
+    """As LastNet does for a request."""
+    response = response_of(error)
+    return response.status_code, bytes(response.body)
 
 
 @router.post("/v1/files", openapi_extra=form())

@@ -8,18 +8,17 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
-from app.batches.lines import Line, checked, numbered, parsed
-from app.errors import RetryableError, ShuttingDown, StoreError
+from app.batches.lines import Line, LineTooLong, checked, numbered, parsed
+from app.errors import OutOfDeviceMemory, RetryableError, ShuttingDown, StoreError
 from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
-from app.stores.errors import PayloadDamaged
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
 from app.telemetry.metrics import BATCH_LINES, BATCHES_RUNNING
@@ -27,8 +26,16 @@ from app.telemetry.requests import RequestRecord, current
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[Any, str], Awaitable[tuple[int, bytes]]]
-"""A line's body and the namespace it runs in -> status and body, as the endpoint answers. Raises what may pass."""
+
+class Answers(Protocol):
+    """A line's body -> status and body, as the endpoint answers."""
+
+    async def __call__(self, body: Any, namespace: str, /) -> tuple[int, bytes]:
+        """In that namespace. Raises what may pass."""
+
+    def given_up(self, error: RetryableError, /) -> tuple[int, bytes]:
+        """Where what may pass did not."""
+
 
 LOOK_SECONDS = 2.0
 """Between two looks for batches that other processes took in or left."""
@@ -36,6 +43,8 @@ BEAT_SECONDS = 2.0
 WINDOW_LINES, WINDOW_TEXTS, WINDOW_BYTES = 32, 256, 4 * 2**20
 """Lines in memory and on the engine together; their answers are stored together."""
 LONGEST_WAIT = 5.0
+ATTEMPTS = 5
+"""At a line that the device has no room for. What is full, down or being built is waited for."""
 AT_ONCE = 4
 """Batches side by side, so that a small one does not wait for the end of a large one."""
 
@@ -48,7 +57,7 @@ class BatchRunner:
         store: SqlBatchStore,
         files: SqlFileStore,
         threads: StoreThreads,
-        answer: Answer,
+        answer: Answers,
         *,
         max_lines: int,
         max_line_bytes: int,
@@ -116,13 +125,20 @@ class BatchRunner:
             done = await self._threads.write(self._store.finish, batch.id, owner)
             log.info("batch %s is %s: %d of %d lines, %d failed", done.id, done.status, done.completed, done.total,
                      done.failed)  # fmt: skip
-        except PayloadDamaged as error:
-            log.error("batch %s ends early: %s", batch.id, error)
-            problem = Problem("damaged_input_file", error.answer, param="input_file_id")
-            await self._threads.write(self._store.refuse, batch.id, owner, [problem])
+        except LineTooLong as error:  # the limit is another one than when it was taken
+            await self._end_early(batch, owner, f"Line {error.number} is longer than this server takes.", error)
+        except StoreError as error:
+            if error.passes:
+                raise
+            await self._end_early(batch, owner, error.answer, error)
         finally:
             beating.cancel()
             BATCHES_RUNNING.dec()
+
+    async def _end_early(self, batch: BatchInfo, owner: str, why: str, error: Exception) -> None:
+        log.error("batch %s ends early: %s", batch.id, error or why)
+        problem = Problem("damaged_input_file", why, param="input_file_id")
+        await self._threads.write(self._store.refuse, batch.id, owner, [problem])
 
     def _checked(self, batch: BatchInfo) -> tuple[int, list[Any]]:
         return checked(self._files.chunks(batch.input_file_id), self._max_lines, self._max_line_bytes)
@@ -173,13 +189,18 @@ class BatchRunner:
         )
 
     async def _patiently(self, body: Any, namespace: str, stopped: asyncio.Event) -> tuple[int, bytes] | None:
-        """What may pass is waited for, however long that takes; None: until the batch was stopped."""
+        """What may pass is waited for, however long that takes, but for a text that fits on no device; None: until the
+        batch was stopped."""
+        failures = 0
         while not stopped.is_set():
             try:
                 return await self._answer(body, namespace)
             except ShuttingDown:
                 raise
             except RetryableError as error:
+                failures += isinstance(error, OutOfDeviceMemory)
+                if failures == ATTEMPTS:
+                    return self._answer.given_up(error)
                 seconds = min(error.retry_after, LONGEST_WAIT)
             except StoreError:
                 seconds = 1.0
@@ -188,12 +209,13 @@ class BatchRunner:
         return None
 
     async def _beat(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
-        while not stopped.is_set():
+        while True:  # also while it stops: what is being answered is still to be stored
             await asyncio.sleep(BEAT_SECONDS)
             try:
                 if await self._threads.write(self._store.beat, batch.id, owner) is BatchStatus.CANCELLING:
                     stopped.set()
             except LeaseLost:
                 stopped.set()  # the next answers cannot be stored, which ends the run
+                return
             except StoreError as error:
                 log.debug("no sign of life of batch %s: %s", batch.id, error)

@@ -105,16 +105,16 @@ def _embed_here(recipe: Recipe, context_of: ContextOf, input_: Path, output: Pat
     with Offline(recipe.model, recipe.options) as offline, progress() as bar:
         payload = context_of(offline)
         fingerprint = recipe.fingerprint(offline.spec, payload)
-        made_of = f"{fingerprint} {recipe.input_type} {digest}"
-        partly = PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of)
-        if partly.done:
-            messages.print(f"going on behind the first {partly.done} texts")
-        task = bar.add_task("embedding", total=total, completed=partly.done)
-        texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partly.done)
-        raw = offline.embed(texts, payload, recipe.input_type, truncate=recipe.truncate)
-        chunks = (normalized(chunk) if recipe.normalize else chunk for chunk in raw)
-        partly.extend(chunks, lambda n: bar.advance(task, n))
-        partly.finish(read_records(input_))
+        made_of = f"{fingerprint} {recipe.input_type} {recipe.truncate} {digest}"
+        with PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of) as partly:
+            if partly.done:
+                messages.print(f"going on behind the first {partly.done} texts")
+            task = bar.add_task("embedding", total=total, completed=partly.done)
+            texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partly.done)
+            raw = offline.embed(texts, payload, recipe.input_type, truncate=recipe.truncate)
+            chunks = (normalized(chunk) if recipe.normalize else chunk for chunk in raw)
+            partly.extend(chunks, lambda n: bar.advance(task, n))
+            partly.finish(read_records(input_))
     messages.print(f"{total} vectors in {output}, context {payload.key}, fingerprint {fingerprint}")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from app.errors import EngineUnavailable, ServerFault
+from app.errors import OutOfDeviceMemory, ServerFault
 from app.models.base import is_out_of_memory
 
 LOST = (
@@ -43,7 +43,7 @@ def device_fault(error: Exception) -> DeviceFailed | None:
 def failure(error: Exception) -> Exception:
     """What the caller of a text that failed alone is told."""
     if is_out_of_memory(error):
-        return EngineUnavailable("There is not enough memory for this input at the moment. Please try again.")
+        return OutOfDeviceMemory("There is not enough memory for this input at the moment. Please try again.")
     fault = ServerFault("The model failed on this input.")
     fault.__cause__ = error
     return fault

@@ -48,6 +48,7 @@ class Job:
             "context": context.key,
             "fingerprint": self.fingerprint,
             "input_type": self.recipe.input_type.value,
+            "truncate": self.recipe.truncate,
             "keep": list(self.corpus.keep),
             "part_rows": self.corpus.part_rows,
         }

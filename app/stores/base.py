@@ -85,7 +85,7 @@ class ContextStore(Protocol):
     def arrays(self, context_id: str) -> Arrays | None:
         """The payload, checked against its checksum."""
 
-    def texts(self, context_id: str) -> Sequence[str] | None:
+    def texts(self, info: ContextInfo) -> Sequence[str] | None:
         """The chosen documents, where they were kept."""
 
     def list_current(

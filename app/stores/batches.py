@@ -141,15 +141,20 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def finish(self, batch_id: str, owner: str) -> BatchInfo:
-        """The answers become files, which copies nothing, and the batch ends."""
+        """The answers become files, which copies nothing, and the batch ends; it has failed where lines are missing."""
 
         def work(connection: Connection) -> BatchInfo:
             row = _owned(connection, batch_id, owner)
             cancelled = row["status"] == BatchStatus.CANCELLING
-            made = _outputs(connection, row)
+            made: dict[str, Any] = {**_outputs(connection, row)}
             if not cancelled:
                 row = _moved(connection, row, BatchStatus.FINALIZING)
             last = BatchStatus.CANCELLED if cancelled else BatchStatus.COMPLETED
+            missing = row["total"] - row["completed"] - row["failed"]
+            if missing and not cancelled:
+                told = f"{missing} of its {row['total']} lines are not in the input file any more."
+                made["problems"] = [asdict(Problem("damaged_input_file", told, param="input_file_id"))]
+                last = BatchStatus.FAILED
             return _info(_moved(connection, row, last, **made, owner=None))
 
         return self._database.write(work)

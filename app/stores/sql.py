@@ -13,8 +13,8 @@ from app.stores import rows
 from app.stores.base import Begun, Built, NewContext
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged
-from app.stores.tables import names, payloads, versions
-from app.stores.writing import begin_version, complete_version, one, point, remove
+from app.stores.tables import names, payloads, texts, versions
+from app.stores.writing import begin_version, complete_version, lock_name, one, point, remove
 
 
 class SqlContextStore:
@@ -79,16 +79,17 @@ class SqlContextStore:
             )
         return from_safetensors(row.data)
 
-    def texts(self, context_id: str) -> Sequence[str] | None:
+    def texts(self, info: ContextInfo) -> Sequence[str] | None:
+        query = select(texts.c.data).join(versions, versions.c.seq == texts.c.version_seq).where(one(info))
         with self._database.reading() as connection:
-            data = connection.scalar(select(payloads.c.documents).where(payloads.c.id == context_id))
+            data = connection.scalar(query)
         if data is None:
             return None
         try:
             found: list[str] = orjson.loads(zlib.decompress(data))
         except (zlib.error, ValueError) as error:
             raise PayloadDamaged(
-                f"The stored documents of {context_id} are damaged. Delete the context and create it again."
+                f"The stored documents of {info.name}.{info.version} are damaged. Delete it and create it again."
             ) from error
         return found
 
@@ -130,6 +131,7 @@ class SqlContextStore:
         )
 
         def work(connection: Connection) -> ContextInfo | None:
+            lock_name(connection, space, name)  # so that nobody deletes the version meanwhile
             row = connection.execute(query).mappings().first()
             if row is None:
                 return None

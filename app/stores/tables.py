@@ -27,8 +27,6 @@ payloads = Table(
     Column("id", String(40), nullable=False, unique=True),
     Column("data", LargeBinary),
     Column("sha256", String(64)),
-    # The chosen texts, where the operator keeps them: zlib over a JSON list.
-    Column("documents", LargeBinary),
     sqlite_autoincrement=True,
 )
 
@@ -61,6 +59,17 @@ versions = Table(
     Index("ix_versions_id", "id"),
     Index("ix_versions_begun_id", "begun_id"),
     sqlite_autoincrement=True,
+)
+
+# The chosen texts, where the operator keeps them: zlib over a JSON list. Of a version, and not of its content: texts
+# that are equal as far as the model reads them make one content.
+texts = Table(
+    "version_texts",
+    metadata,
+    Column(
+        "version_seq", Serial, ForeignKey("versions.seq", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    ),
+    Column("data", LargeBinary, nullable=False),
 )
 
 names = Table(

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, exis
 from app.domain import ContextInfo, ContextStatus, Space
 from app.stores import rows
 from app.stores.base import Begun, Built, NewContext
-from app.stores.tables import names, payloads, versions
+from app.stores.tables import names, payloads, texts, versions
 
 DONE = ContextStatus.COMPLETED.value
 
@@ -18,7 +18,7 @@ DONE = ContextStatus.COMPLETED.value
 def begin_version(connection: Connection, new: NewContext) -> tuple[RowMapping | dict[str, Any], Begun]:
     """See ContextStore.begin. The name's row is locked first: two that begin the same see each other."""
     space, name = new.space, new.name
-    last = connection.scalar(select(names.c.last_version).where(rows.named(space, name)).with_for_update())
+    last = lock_name(connection, space, name)
     same = select(versions).where(
         rows.in_space(space), versions.c.name == name, or_(versions.c.id == new.id, versions.c.begun_id == new.id)
     )
@@ -51,10 +51,11 @@ def complete_version(
 ) -> RowMapping | None:
     """See ContextStore.complete."""
     space, name = info.space, info.name
-    connection.execute(select(names.c.version).where(rows.named(space, name)).with_for_update())
-    if connection.scalar(select(versions.c.seq).where(one(info))) is None:
+    lock_name(connection, space, name)
+    seq = connection.scalar(select(versions.c.seq).where(one(info)))
+    if seq is None:
         return None
-    _keep(connection, built.id, data, documents)
+    _keep(connection, built.id, data)
     siblings = select(versions).where(rows.in_space(space), versions.c.name == name, versions.c.status == DONE)
     there = connection.execute(siblings.where(versions.c.id == built.id)).mappings().first()
     if there is not None:
@@ -72,12 +73,19 @@ def complete_version(
         "usage_bytes": len(data),
     }
     connection.execute(update(versions).where(one(info)).values(fields))
+    if documents is not None:
+        connection.execute(insert(texts).values(version_seq=seq, data=documents))
     if built.id != info.id:
         sweep(connection, [info.id])
     newest = connection.scalar(siblings.with_only_columns(func.max(versions.c.version)))
     if newest == info.version:
         point(connection, space, name, info.version)
     return connection.execute(select(versions).where(one(info))).mappings().one()
+
+
+def lock_name(connection: Connection, space: Space, name: str) -> int | None:
+    """Until the transaction ends; its last version, None: it was never used."""
+    return connection.scalar(select(names.c.last_version).where(rows.named(space, name)).with_for_update())
 
 
 def one(info: ContextInfo) -> ColumnElement[bool]:
@@ -100,6 +108,8 @@ def sweep(connection: Connection, ids: Sequence[str]) -> None:
     """Those payloads no version holds any more; one by one in order, so that two sweeps never wait for each other."""
     for context_id in ids:
         held = exists().where(versions.c.id == context_id)
+        # Locked by a statement of its own: the next one sees what another holder has deleted meanwhile.
+        connection.execute(select(payloads.c.seq).where(payloads.c.id == context_id).with_for_update())
         connection.execute(delete(payloads).where(payloads.c.id == context_id, ~held))
 
 
@@ -108,15 +118,11 @@ def _pointed_status(connection: Connection, space: Space, name: str) -> str | No
     return connection.scalar(query)
 
 
-def _keep(connection: Connection, context_id: str, data: bytes, documents: bytes | None) -> None:
-    """The payload, unless it is there and whole; documents are added to one that has none."""
+def _keep(connection: Connection, context_id: str, data: bytes) -> None:
+    """The payload, unless it is there and whole."""
     row = connection.execute(select(payloads).where(payloads.c.id == context_id).with_for_update()).mappings().first()
     if row is None:
         connection.execute(insert(payloads).values(id=context_id))
-    content: dict[str, Any] = {}
     if row is None or row["data"] is None or hashlib.sha256(row["data"]).hexdigest() != row["sha256"]:
-        content |= {"data": data, "sha256": hashlib.sha256(data).hexdigest()}
-    if documents is not None and (row is None or row["documents"] is None):
-        content["documents"] = documents
-    if content:
+        content = {"data": data, "sha256": hashlib.sha256(data).hexdigest()}
         connection.execute(update(payloads).where(payloads.c.id == context_id).values(content))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from app.api.auth import Keyring
 from app.cli.main import app, main
+from app.embedding_files import PartialVectors
 from tests.cli.conftest import Run
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
@@ -317,6 +318,16 @@ def test_keys_create_takes_a_namespace(tmp_path: Path) -> None:
     assert key is not None
     assert (key.namespace, key.scopes) == ("team-a", ("embed",))
     assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "Not OK"]).exit_code == 2
+
+
+def test_an_output_is_written_by_one_process_alone(run: Run, tmp_path: Path) -> None:
+    file = texts_file(tmp_path / "in.txt", ANIMALS)
+    options = ["embed", *MODEL, "--input", file, "--input-type", "none", "--output", tmp_path / "out.npy"]
+    with PartialVectors(tmp_path / "out.npy", dimensions=64, made_of="something else"):
+        assert "another process" in str(run(*options, code=1).exception)
+    run(*options)
+    assert np.load(tmp_path / "out.npy").shape == (12, 64)
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.npy"]
 
 
 def test_a_query_that_is_a_document_does_not_find_itself(run: Run, tmp_path: Path) -> None:

@@ -204,9 +204,9 @@ def test_damaged_documents_are_noticed(url: str) -> None:
     with store_at(url) as store:
         info, _ = store.begin(new_context("more", 2))
         store.complete(info, built(2, ["a", "b"]))
-        execute(url, f"UPDATE payloads SET documents = data WHERE id = '{info.id}'")
+        execute(url, f"UPDATE version_texts SET data = (SELECT data FROM payloads WHERE id = '{info.id}')")
         with pytest.raises(PayloadDamaged, match="documents"):
-            store.texts(info.id)
+            store.texts(info)
 
 
 @pytest.mark.parametrize("change", ["status = 'complited'", 'selection = \'{"seed": 1, "sed": 2}\''])

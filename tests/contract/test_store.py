@@ -208,7 +208,7 @@ def test_a_version_is_begun_and_completed(store: ContextStore) -> None:
     assert completed is not None
     assert (completed.status, completed.progress) == (ContextStatus.COMPLETED, (2, 2))
     assert store.get(M, parse_ref("legal.1")) == completed
-    assert store.texts(info.id) == ["a", "b"]
+    assert store.texts(completed) == ["a", "b"]
     assert store.begin(new_context("legal", 1)) == (completed, Begun.THERE)
 
 
@@ -349,3 +349,17 @@ def test_everything_at_once(store: ContextStore) -> None:
             arrays = store.arrays(info.id)
             assert arrays is not None
             assert info.id == f"ctx_{int(arrays['dataset_embeddings'][0, 0]):032x}"
+
+
+def test_kept_texts_belong_to_a_version_and_not_to_its_content(store: ContextStore) -> None:
+    """Texts that are equal as far as the model reads them make one content."""
+    for name, kept in (("mine", ["Hello WORLD"]), ("yours", ["hello world"]), ("nobodys", None)):
+        info, _ = store.begin(new_context(name, 1))
+        completed = store.complete(info, built(1, kept))
+        assert completed is not None
+        assert store.texts(completed) == kept
+    mine = store.get(M, parse_ref("mine"))
+    assert mine is not None
+    assert store.texts(mine) == ["Hello WORLD"]
+    assert store.delete_name(M, "mine")
+    assert store.texts(mine) is None

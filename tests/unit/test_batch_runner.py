@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy import update
 
-from app.batches.runner import AT_ONCE, WINDOW_BYTES, BatchRunner
-from app.errors import QueueFull
+from app.batches.runner import AT_ONCE, ATTEMPTS, WINDOW_BYTES, BatchRunner
+from app.errors import OutOfDeviceMemory, QueueFull, RetryableError
 from app.stores.batch_base import BatchInfo, BatchStatus
-from app.stores.batch_tables import file_chunks
+from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
@@ -23,6 +23,7 @@ class Bench:
     """`add` puts in a batch whose lines all have one body."""
 
     def __init__(self, database: Database) -> None:
+        self.database = database
         self.store, self.files = SqlBatchStore(database), SqlFileStore(database)
         self.wake: Callable[[], None] = lambda: None
 
@@ -43,6 +44,19 @@ class Bench:
                 await asyncio.sleep(0.01)
 
 
+class Answers:
+    """As `call` says."""
+
+    def __init__(self, call: Callable[[Any, str], Awaitable[tuple[int, bytes]]]) -> None:
+        self._call = call
+
+    async def __call__(self, body: Any, namespace: str) -> tuple[int, bytes]:
+        return await self._call(body, namespace)
+
+    def given_up(self, error: RetryableError) -> tuple[int, bytes]:
+        return 503, json.dumps({"given_up": error.message}).encode()
+
+
 @asynccontextmanager
 async def running(
     path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]], max_line_bytes: int = 10_000
@@ -50,7 +64,7 @@ async def running(
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
     runner = BatchRunner(
-        bench.store, bench.files, database.threads, answer, max_lines=1000, max_line_bytes=max_line_bytes
+        bench.store, bench.files, database.threads, Answers(answer), max_lines=1000, max_line_bytes=max_line_bytes
     )
     bench.wake = runner.wake
     runner.start()
@@ -158,3 +172,57 @@ async def test_a_line_that_is_cancelled_by_nobody_ends_no_runner(tmp_path: Path)
         for i in range(AT_ONCE):
             await bench.until(f"odd-{i}", lambda info: info.status is BatchStatus.COMPLETED)
     assert len(cancelled) == AT_ONCE
+
+
+async def test_a_line_that_fits_on_no_device_is_answered_so_and_the_others_as_they_are(tmp_path: Path) -> None:
+    tried = []
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if "huge" in body:
+            tried.append(1)
+            raise OutOfDeviceMemory("There is not enough memory.", retry_after=0.01)
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        for i in range(AT_ONCE):
+            bench.add(f"huge-{i}", 1, huge=True)
+        bench.add("healthy", 2)
+        healthy = await bench.until("healthy", lambda info: info.status is BatchStatus.COMPLETED)
+        assert (healthy.completed, healthy.failed) == (2, 0)
+        huge = await bench.until("huge-0", lambda info: info.status is BatchStatus.COMPLETED)
+        assert (huge.completed, huge.failed) == (0, 1)
+    assert len(tried) == AT_ONCE * ATTEMPTS
+
+
+async def test_a_line_that_is_over_a_limit_set_since_ends_the_batch(tmp_path: Path) -> None:
+    release = asyncio.Event()
+
+    async def answer(_body: Any, _namespace: str) -> tuple[int, bytes]:
+        await release.wait()
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        bench.add("long", 2, text="x" * 200)
+        await bench.until("long", lambda info: info.status is BatchStatus.IN_PROGRESS)
+    async with running(tmp_path, answer, max_line_bytes=100) as bench:
+        ended = await bench.until("long", lambda info: info.status is BatchStatus.FAILED)
+        assert [problem.code for problem in ended.problems] == ["damaged_input_file"]
+        assert "Line 1 is longer" in ended.problems[0].message
+
+
+async def test_lines_that_are_gone_are_told(tmp_path: Path) -> None:
+    held = asyncio.Event()
+
+    async def answer(_body: Any, _namespace: str) -> tuple[int, bytes]:
+        await held.wait()
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        bench.add("cut", 40)
+        info = await bench.until("cut", lambda info: info.status is BatchStatus.IN_PROGRESS)
+        more = update(batches).where(batches.c.id == info.id).values(total=50)
+        await asyncio.to_thread(bench.database.write, lambda connection: connection.execute(more))
+        held.set()
+        ended = await bench.until("cut", lambda info: info.status is BatchStatus.FAILED)
+        assert (ended.completed, ended.output_file_id is not None) == (40, True)
+        assert "10 of its 50 lines" in ended.problems[0].message

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.corpora import BadCorpus, read_records
+from app.corpora import BadCorpus, Record, read_records
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_lines_of_any_end(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\nthree")
     assert [record.text for record in read_records(path)] == ["one", "two", "three"]
+
+
+def test_an_id_that_is_null_is_none_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'\xef\xbb\xbf{"_id": null, "text": "one"}\n{"_id": null, "text": "two"}\n')
+    assert list(read_records(lines)) == [Record("0", "one"), Record("1", "two")]
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xef\xbb\xbfone\n")
+    assert list(read_records(text)) == [Record("0", "one")]

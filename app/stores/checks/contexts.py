@@ -15,7 +15,7 @@ from app.payloads import from_safetensors
 from app.stores import rows
 from app.stores.checks.findings import Finding, one, one_by_one, only_room
 from app.stores.faults import words_of
-from app.stores.tables import names, payloads, versions
+from app.stores.tables import names, payloads, texts, versions
 
 AGAIN = "Delete it and create it again from its documents, or import it again."
 
@@ -38,6 +38,7 @@ def check_contexts(connection: Connection, checked: dict[str, int]) -> Iterator[
         holders[info.id].append(info)
     yield from _names(connection, infos, checked)
     yield from _payloads(connection, holders, checked)
+    yield from _texts(connection)
 
 
 def _info(row: RowMapping | Exception | None) -> ContextInfo | str:
@@ -112,7 +113,7 @@ def _payload_problem(row: RowMapping | Exception | None, held_by: Sequence[Conte
         return "It is completed, and its arrays are not there." if done else None
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
         return "Its arrays fail their checksum."
-    return _arrays_problem(data, done) or _documents_problem(row["documents"])
+    return _arrays_problem(data, done)
 
 
 def _arrays_problem(data: bytes, done: Sequence[ContextInfo]) -> str | None:
@@ -136,10 +137,21 @@ def _arrays_problem(data: bytes, done: Sequence[ContextInfo]) -> str | None:
     return None
 
 
-def _documents_problem(documents: bytes | None) -> str | None:
+def _texts(connection: Connection) -> Iterator[Finding]:
+    for seq, row in one_by_one(connection, texts, texts.c.version_seq):
+        problem = _texts_problem(row)
+        if problem is not None:
+            label = one(connection, select(versions.c.name, versions.c.version).where(versions.c.seq == seq))
+            called = f"{label['name']}.{label['version']}" if isinstance(label, RowMapping) else f"number {seq}"
+            yield Finding(f"documents of version {called}", problem, AGAIN)
+
+
+def _texts_problem(row: RowMapping | Exception | None) -> str | None:
+    if not isinstance(row, RowMapping):
+        return f"They cannot be read: {words_of(row) if row else 'they are gone'}."
     try:
-        kept = [] if documents is None else orjson.loads(zlib.decompress(documents))
+        kept = orjson.loads(zlib.decompress(row["data"]))
     except (zlib.error, ValueError) as error:
-        return f"Its documents cannot be read: {error}."
+        return f"They cannot be read: {error}."
     good = isinstance(kept, list) and all(isinstance(text, str) for text in kept)
-    return None if good else "Its documents are no list of texts."
+    return None if good else "They are no list of texts."
