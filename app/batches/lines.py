@@ -10,6 +10,8 @@ from app.stores.batch_base import Problem
 
 ENDPOINT = "/v1/embeddings"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_CUSTOM_ID = 512
+"""Those of a whole file are held while it is read."""
 MAX_PROBLEMS = 100
 """Of a bad input, as many are told."""
 
@@ -89,6 +91,9 @@ def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tup
         for number, raw in numbered(chunks, max_line_bytes):
             total += 1
             line = parsed(number, raw)
+            if isinstance(line, Line) and len(line.custom_id) > MAX_CUSTOM_ID:
+                message = f"A custom_id has at most {MAX_CUSTOM_ID} characters."
+                line = Problem("invalid_custom_id", message, number, "custom_id")
             if isinstance(line, Line) and line.custom_id in seen:
                 message = "The custom_id of every line is its own; this one was there before."
                 line = Problem("duplicate_custom_id", message, number, "custom_id")

@@ -74,10 +74,7 @@ class Batches:
             raise InvalidRequest(f"Invalid 'completion_window': it is '{WINDOW}'.", param="completion_window")
         found = await self._threads.read(self._files.get, namespace, input_file_id)
         if found is None:
-            raise InvalidRequest(
-                f"Invalid 'input_file_id': no such file {input_file_id[:80]}. POST /v1/files takes it first.",
-                param="input_file_id",
-            )
+            raise _no_input(input_file_id)
         if found.purpose != PURPOSE:
             raise InvalidRequest(
                 f"Invalid 'input_file_id': the file's purpose is {found.purpose}, not {PURPOSE}.", param="input_file_id"
@@ -85,7 +82,8 @@ class Batches:
         batch = BatchInfo(
             f"batch_{uuid.uuid4().hex}", namespace, endpoint, input_file_id, window, int(time.time()), metadata=metadata
         )
-        await self._threads.write(self._store.add, batch)
+        if not await self._threads.write(self._store.add, batch):  # deleted since
+            raise _no_input(input_file_id)
         self._runner.wake()
         return batch
 
@@ -120,6 +118,12 @@ def check_purpose(purpose: str) -> None:
 
 def _no_file(file_id: str) -> NotFound:
     return NotFound(f"No such File object: {file_id[:80]}", param="id")
+
+
+def _no_input(file_id: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Invalid 'input_file_id': no such file {file_id[:80]}. POST /v1/files takes it first.", param="input_file_id"
+    )
 
 
 def _no_batch(batch_id: str) -> NotFound:

@@ -18,7 +18,7 @@ from app.stores.batch_base import (
     Listing,
     Problem,
 )
-from app.stores.batch_tables import batch_lines, batches
+from app.stores.batch_tables import batch_lines, batches, files
 from app.stores.database import Database
 from app.stores.files import add_file, page
 
@@ -32,10 +32,19 @@ class SqlBatchStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, batch: BatchInfo) -> None:
+    def add(self, batch: BatchInfo) -> bool:
+        """False where its input file is gone; from then on that is not deleted."""
         values = asdict(batch) | {"status": batch.status.value, "owner": None, "beat_at": 0.0}
         values["problems"] = [asdict(problem) for problem in batch.problems]
-        self._database.write(lambda connection: connection.execute(insert(batches).values(values)))
+        file = select(files.c.seq).where(files.c.id == batch.input_file_id).with_for_update(read=True)
+
+        def work(connection: Connection) -> bool:
+            if connection.scalar(file) is None:
+                return False
+            connection.execute(insert(batches).values(values))
+            return True
+
+        return self._database.write(work)
 
     def get(self, namespace: str, batch_id: str) -> BatchInfo | None:
         query = select(batches).where(batches.c.namespace == namespace, batches.c.id == batch_id)
@@ -67,12 +76,22 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def claim(self, owner: str) -> BatchInfo | None:
-        """The oldest unfinished batch that nobody else alive runs; it is `owner`'s now, or still."""
+        """An unfinished batch that nobody else alive runs: the oldest one of the namespaces of which fewest are run. It
+        is `owner`'s now, or still."""
 
         def work(connection: Connection) -> BatchInfo | None:
             now = time.time()
             free = or_(batches.c.owner.is_(None), batches.c.owner == owner, batches.c.beat_at < now - LEASE_SECONDS)
-            query = select(batches).where(batches.c.status.in_(UNFINISHED), free).order_by(batches.c.seq).limit(1)
+            other = batches.alias()
+            running = (
+                select(func.count())
+                .select_from(other)
+                .where(other.c.namespace == batches.c.namespace, other.c.status.in_(UNFINISHED))
+                .where(other.c.owner != owner, other.c.beat_at >= now - LEASE_SECONDS)
+                .scalar_subquery()
+            )
+            waiting = select(batches).where(batches.c.status.in_(UNFINISHED), free)
+            query = waiting.order_by(running, batches.c.seq).limit(1)
             row = connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
             if row is None:
                 return None

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from app.batches.lines import LineTooLong, checked, numbered
 from app.errors import StoreError
 from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batch_tables import batch_lines, file_chunks
+from app.stores.batch_tables import files as file_table
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged
@@ -26,6 +27,9 @@ def database(url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def store(database: Database) -> SqlBatchStore:
+    """With one file, `file-1`."""
+    row = {"id": "file-1", "namespace": "", "filename": "f", "purpose": "batch", "bytes": 0, "created_at": 0}
+    database.write(lambda connection: connection.execute(insert(file_table).values(row)))
     return SqlBatchStore(database)
 
 
@@ -36,7 +40,7 @@ def files(database: Database) -> SqlFileStore:
 
 def add(store: SqlBatchStore, name: str = "batch_1", namespace: str = "") -> BatchInfo:
     batch = BatchInfo(name, namespace, "/v1/embeddings", "file-1", "24h", 7, metadata={"a": "b"})
-    store.add(batch)
+    assert store.add(batch)
     return batch
 
 
@@ -106,6 +110,19 @@ def test_one_of_many_claims_it(store: SqlBatchStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda i: store.claim(f"owner {i}"), range(16)))
     assert sum(batch is not None for batch in claimed) == 1
+
+
+def test_namespaces_whose_batches_are_not_run_go_first(store: SqlBatchStore) -> None:
+    for name, namespace in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("c1", "c"), ("a4", "a")):
+        add(store, name, namespace)
+    claimed = [store.claim(f"runner {i}") for i in range(6)]
+    assert [batch.id for batch in claimed if batch is not None] == ["a1", "b1", "c1", "a2", "a3", "a4"]
+
+
+def test_a_batch_of_a_file_that_is_gone_is_not_taken_in(store: SqlBatchStore, files: SqlFileStore) -> None:
+    assert files.delete("", "file-1")
+    assert not store.add(BatchInfo("batch_1", "", "/v1/embeddings", "file-1", "24h", 7))
+    assert store.get("", "batch_1") is None
 
 
 def test_cancelled_while_it_runs(store: SqlBatchStore) -> None:
@@ -200,13 +217,15 @@ def test_lines_are_numbered_across_chunks() -> None:
         (b'{"custom_id":"a","method":"POST","url":"/v1/chat","body":{}}', [("mismatched_endpoint", 1)]),
         (b'{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}\n' * 2, [("duplicate_custom_id", 2)]),
         (b'{"custom_id":"\\ud83d","method":"POST","url":"/v1/chat","body":{}}', [("missing_required_parameter", 1)]),
-        (b"{}\n" + b"x" * 101, [("missing_required_parameter", 1), ("invalid_json_line", 2)]),
+        (b'{"custom_id":"%s","method":"POST","url":"/v1/embeddings","body":{}}' % (b"a" * 513),
+         [("invalid_custom_id", 1)]),
+        (b"{}\n" + b"x" * 1001, [("missing_required_parameter", 1), ("invalid_json_line", 2)]),
         (b"\n".join(b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{}}' % i for i in range(6)),
          [("too_many_lines", 5)]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int | None]]) -> None:
-    _, problems = checked([content], max_lines=4, max_line_bytes=100)
+    _, problems = checked([content], max_lines=4, max_line_bytes=1000)
     assert [(problem.code, problem.line) for problem in problems] == codes
 
 
