@@ -53,6 +53,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.ShuttingDown: (503, SERVER, "shutting_down"),
     errors.TooManyConnections: (503, SERVER, "too_many_connections"),
     errors.EngineUnavailable: (503, SERVER, "engine_unavailable"),
+    errors.OutOfDeviceMemory: (503, SERVER, "engine_unavailable"),
 }
 
 # What the framework refuses by itself: status -> (code, when).

@@ -23,6 +23,8 @@ from tests.engine.stub import SPEC, StubModel, context, text
 from tests.engine.test_engine import Gate, engine_of, poisoned
 
 DEADLY = 777
+SLOW = 60
+"""Seconds: each lack of memory collects the whole heap of the test process."""
 
 
 class Memory:
@@ -57,7 +59,7 @@ def test_out_of_memory_halves_the_batch_and_all_are_answered(error: Callable[[st
     model = StubModel(memory)
     engine = engine_of(model)
     splits = metrics.OOM_SPLITS._value.get()
-    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(64)], context(1.0)).result(10)
+    rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(64)], context(1.0)).result(SLOW)
     assert rows[:, 0].tolist() == list(range(64))
     assert metrics.OOM_SPLITS._value.get() > splits
     assert engine.healthy
@@ -90,7 +92,7 @@ def test_later_batches_are_smaller_until_it_has_gone_well_for_a_while() -> None:
     engine = engine_of(model)
 
     def embed(texts: int) -> None:
-        engine.submit("stub", Stage.SECOND, [text(i) for i in range(texts)], context(1.0)).result(10)
+        engine.submit("stub", Stage.SECOND, [text(i) for i in range(texts)], context(1.0)).result(SLOW)
 
     embed(64)
     model.batches.clear()
