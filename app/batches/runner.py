@@ -100,9 +100,12 @@ class BatchRunner:
                 log.warning("a batch was taken over by another process")
             except (StoreError, ShuttingDown) as error:
                 log.debug("batches wait: %s", error)  # the store has said so in the log, once
-            except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                    raise  # by close; any other is a fault, which must not end the runner unheard
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():  # by close; any other must not end the runner unheard
+                    raise
+                log.error("a batch was cancelled by nobody", exc_info=error)
+            except Exception as error:
                 log.error("unexpected %s in a batch", type(error).__name__, exc_info=error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
