@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, FloatArray, ModelSpec, TokenizedText
 
@@ -115,3 +115,10 @@ def pad(texts: Sequence[TokenizedText], device: torch.device, pad_id: int = 0) -
     rows = [list(text.input_ids) + [pad_id] * (longest - len(text.input_ids)) for text in texts]
     mask = torch.arange(longest)[None, :] < lengths[:, None]
     return to_device(torch.tensor(rows), device), to_device(mask, device)
+
+
+def unset_embedding(rows: int, size: int) -> nn.Embedding:
+    """(rows, size), for weights that are loaded. On the meta device torch's own initialising imports torch._dynamo:
+    several seconds of each start, for values that nobody sees."""
+    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)  # type: ignore[no-untyped-call]
+    return made

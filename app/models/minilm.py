@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, InputType, ModelSpec, TokenizedText
-from app.models.base import DeviceContext, InvalidContext, pad, to_device
+from app.models.base import DeviceContext, InvalidContext, pad, to_device, unset_embedding
 
 TOKEN_WEIGHTS = "token_weights"  # noqa: S105 - not a password
 FLOOR, TEMPERATURE, PULL, SAME_TEXT = 0.3, 0.08, 0.25, 0.999
@@ -49,9 +49,9 @@ class MiniLM(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(VOCABULARY, HIDDEN_SIZE)
-        self.position_embeddings = nn.Embedding(POSITIONS, HIDDEN_SIZE)
-        self.token_type_embeddings = nn.Embedding(2, HIDDEN_SIZE)
+        self.word_embeddings = unset_embedding(VOCABULARY, HIDDEN_SIZE)
+        self.position_embeddings = unset_embedding(POSITIONS, HIDDEN_SIZE)
+        self.token_type_embeddings = unset_embedding(2, HIDDEN_SIZE)
         self.LayerNorm = nn.LayerNorm(HIDDEN_SIZE, eps=1e-12)
 
     def forward(self, input_ids: Tensor) -> Tensor:

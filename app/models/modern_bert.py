@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from app.models.attention import Attention, Projected
+from app.models.base import unset_embedding
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout
 from app.models.pointwise import Norm, Normed, Sum, gated, onto
@@ -116,7 +117,7 @@ class ModernBlock(Block):
 class Embeddings(nn.Module):
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = unset_embedding(config.vocab_size, config.hidden_size)
         self.norm = _norm(config)
 
 

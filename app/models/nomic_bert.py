@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from app.models.attention import Attention, Projected
+from app.models.base import unset_embedding
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout
 from app.models.pointwise import Norm, Normed, Sum, gated, onto
@@ -106,8 +107,8 @@ class NomicBlock(Block):
 class Embeddings(nn.Module):
     def __init__(self, config: NomicBertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.n_embd)
+        self.word_embeddings = unset_embedding(config.vocab_size, config.n_embd)
+        self.token_type_embeddings = unset_embedding(config.type_vocab_size, config.n_embd)
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,8 @@ import json
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -631,3 +633,20 @@ def test_modernbert_as_transformers_5_writes_it() -> None:
     raw = {"num_hidden_layers": 4, "layer_types": kinds, "rope_parameters": rope}
     config = ModernBertConfig.from_dict(raw)
     assert (config.global_rope_theta, config.local_rope_theta) == (5000.0, 500.0)
+
+
+@pytest.mark.parametrize("name", [BUILTIN, str(GOLDENS / "v1-tiny-c16"), str(GOLDENS / "v2-tiny-c16")])
+def test_no_compiler_is_imported_for_a_forward(name: str) -> None:
+    """Which would be several seconds of every start: asked of a process of its own, as others may have imported it."""
+    program = """
+import sys
+from app.domain import InputType
+from app.offline import Offline
+with Offline(sys.argv[1]) as offline:
+    list(offline.embed(["One."], offline.default_context(), InputType.QUERY, truncate=False))
+print([name for name in ("torch._dynamo", "torch._inductor", "transformers", "triton") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, name], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "[]\n"
