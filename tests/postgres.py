@@ -3,7 +3,10 @@
 import logging
 import os
 import signal
+import socket
+import socketserver
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +79,36 @@ def own_postgres() -> Iterator[Postgres]:
                 yield Postgres(server)
             finally:
                 server.cleanup()
+
+
+@contextmanager
+def over_tcp(url: str) -> Iterator[str]:
+    """The same database at a port, where libpq has options and timeouts that a Unix socket has not."""
+    parsed = make_url(url)
+    path = f"{parsed.query['host']}/.s.PGSQL.{parsed.port or 5432}"
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(socket.AF_UNIX) as there:
+                there.connect(path)
+                back = threading.Thread(target=_pass_on, args=(there, self.request))
+                back.start()
+                _pass_on(self.request, there)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        yield parsed.set(host="127.0.0.1", port=port, query={}).render_as_string(hide_password=False)
+        server.shutdown()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 @contextmanager

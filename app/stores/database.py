@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
@@ -147,20 +148,32 @@ def is_conflict(error: SQLAlchemyError) -> bool:
 
 def _migrate(url: URL) -> None:
     """Makes the database where it is a file, and runs the migrations that are still to run. Raises SQLAlchemyError,
-    OSError, ImportError."""
+    OSError, ImportError, StoreError."""
     file = sqlite.file_of(url)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         engine = sqlite.opened(file, mode="rwc", poolclass=NullPool)
     else:  # a migration, or waiting for another process's, may take its time
-        timeout = {"connect_timeout": postgresql.CONNECT_SECONDS}
-        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=timeout)
+        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=postgresql.options(url))
     config = _alembic()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         config.attributes["connection"] = connection
+        _check_age(connection, config)
         command.upgrade(config, "head")
+
+
+def _check_age(connection: Connection, config: Config) -> None:
+    """Raises StoreError for the tables of a version after this one."""
+    scripts = ScriptDirectory.from_config(config)
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise StoreError(
+            f"The context store's tables are of version {found}, and this cde-server works with "
+            f"{scripts.get_current_head()}: a newer one has been here. Start that one, or put back the backup from "
+            f"before the upgrade."
+        )
 
 
 def newest_migration() -> str | None:

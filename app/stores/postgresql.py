@@ -27,7 +27,7 @@ def opened(url: URL, **pool: Any) -> Engine:
         pool_pre_ping=True,
         pool_use_lifo=True,
         hide_parameters=True,
-        connect_args=_unless_given(url),
+        connect_args=options(url),
         **pool,
     )
 
@@ -46,17 +46,17 @@ def opened(url: URL, **pool: Any) -> Engine:
     return engine
 
 
-def _unless_given(url: URL) -> dict[str, Any]:
-    """Options of libpq; those of the URL go first."""
-    options = {
+def options(url: URL) -> dict[str, Any]:
+    """libpq's; those of the URL go first."""
+    ours = {
         "connect_timeout": CONNECT_SECONDS,
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
-        "tcp_user_timeout": 1000 * ANSWER_SECONDS,
+        "tcp_user_timeout": round(1000 * ANSWER_SECONDS),  # an integer, or no connection over TCP is made
         "application_name": "cde-server",
     }
-    return {name: value for name, value in options.items() if name not in url.query}
+    return {name: value for name, value in ours.items() if name not in url.query}
 
 
 @cache

@@ -11,10 +11,12 @@ from sqlalchemy import text
 from app.context_refs import parse_ref
 from app.errors import StoreError
 from app.stores import batch_tables  # noqa: F401 - its tables are on the metadata
+from app.stores.checks.database import check_store
 from app.stores.database import Database, connect
 from app.stores.sql import SqlContextStore
 from app.stores.tables import metadata
 from tests.contract.test_store import M, put
+from tests.postgres import new_database, over_tcp
 
 
 def test_it_opens_again(url: str) -> None:
@@ -37,6 +39,25 @@ def test_processes_that_start_together_migrate_once(url: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         for engine in pool.map(lambda _: connect(url), range(6)):
             engine.dispose()
+
+
+def test_postgresql_over_tcp(postgres: str) -> None:
+    with over_tcp(new_database(postgres)) as url:
+        store = SqlContextStore(Database(url))
+        info, _ = put(store, "legal", 1)
+        assert store.get(M, parse_ref("legal")) == info
+        store.close()
+        assert check_store(url).checked["versions"] == 1
+
+
+def test_tables_of_a_newer_version_say_so(url: str) -> None:
+    """As whoever goes back to the version before meets them."""
+    engine = connect(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(StoreError, match=r"9999[^9]*backup"):
+        connect(url)
 
 
 def test_damaged_arrays_are_noticed(url: str) -> None:

@@ -48,8 +48,7 @@ def _opened(url: URL) -> Engine:
     if file is not None:
         engine = sqlite.opened(file, mode="ro", poolclass=NullPool)
     else:
-        timeout = {"connect_timeout": postgresql.CONNECT_SECONDS}
-        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=timeout)
+        engine = create_engine(url, poolclass=NullPool, hide_parameters=True, connect_args=postgresql.options(url))
     try:
         with engine.connect():
             return engine
