@@ -99,9 +99,10 @@ class Server:
     async def stop(self) -> None:
         """Lets go of everything. Requests are answered, or given up, before."""
         self.refuse()
+        failed = self._phase is Phase.FAILED
         if self._parts is not None:
             # A build may take minutes; each is begun anew when it is asked for again.
-            await asyncio.gather(self._parts.runner.close(), self._parts.catalog.close())
+            await asyncio.gather(self._parts.runner.close(failed=failed), self._parts.catalog.close())
             await asyncio.to_thread(self._parts.engine.stop, LAST_BATCH_SECONDS)
         if self._database is not None:
             await asyncio.to_thread(self._database.close)
@@ -114,6 +115,12 @@ class Server:
     @property
     def is_ending(self) -> bool:
         return self._phase in (Phase.LEAVING, Phase.STOPPING, Phase.FAILED)
+
+    @property
+    def is_able(self) -> bool:
+        """Whether requests are taken and, as far as is known, answered."""
+        taken = self._phase in (Phase.READY, Phase.LEAVING)
+        return taken and self._parts is not None and self._parts.engine.problem is None
 
     @property
     def is_hanging(self) -> bool:

@@ -20,7 +20,6 @@ from app.api.envelope import Envelope, LastNet
 from app.api.farewell import Farewell
 from app.api.intake import Intake
 from app.api.paths import Trimmed
-from app.errors import Unavailable
 from app.lifecycle import Server
 from app.preflight import check
 from app.settings import Settings
@@ -63,7 +62,7 @@ def application(server: Server) -> ASGIApp:
         # Its own, which would also send the messages of exceptions; see app/telemetry/tracing.py.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    READY.set_function(lambda: _takes_requests(server))
+    READY.set_function(lambda: server.is_able)
     app.state.server = server
     app.state.settings = settings
     app.state.created = int(time.time())
@@ -91,11 +90,3 @@ def application(server: Server) -> ASGIApp:
     app.add_middleware(Trimmed)
     app.add_middleware(LastNet)
     return Envelope(Farewell(app, server), tracing)
-
-
-def _takes_requests(server: Server) -> bool:
-    try:
-        server.check_admitted()
-    except Unavailable:
-        return False
-    return True

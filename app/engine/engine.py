@@ -124,7 +124,8 @@ class Engine:
             try:
                 self._check(submission.lane, [job.cost for job in jobs], caller)
             except (QueueFull, DeadlineExceeded, ShuttingDown, EngineUnavailable) as error:
-                metrics.REFUSED.labels(_REASONS[type(error)]).inc()
+                if not (stage is Stage.FIRST and isinstance(error, QueueFull)):  # whoever builds waits for room
+                    metrics.REFUSED.labels(_REASONS[type(error)]).inc()
                 raise
             submission.timing.queued_at = time.monotonic()
             self._waiting.add(jobs)

@@ -114,6 +114,8 @@ class Crew:
         self._deaths: deque[float] = deque()
         self._ended = threading.Event()
         self._fatal = threading.Event()
+        for replica in replicas:
+            metrics.RESTARTS.labels(replica.device)  # at 0: a first restart is seen as a change
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:

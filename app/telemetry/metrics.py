@@ -17,7 +17,7 @@ MODEL = Gauge(
     "Always 1: one for each served model; `weights` is the beginning of their SHA-256",
     ["model", "family", "semantics", "dtype", "device", "weights"],
 )
-READY = Gauge("cde_ready", "1 while requests are taken: loaded, warmed up and not draining")
+READY = Gauge("cde_ready", "1 while requests are taken and, as the last batch showed, computed")
 
 REQUESTS = Counter(
     "cde_requests_total",

@@ -153,6 +153,31 @@ def test_gpus_and_the_image_that_can_use_them() -> None:
     assert server["image"].endswith("-cuda")
 
 
+def test_a_new_pod_starts_beside_the_old_one_where_both_can_have_the_store_and_the_volume() -> None:
+    rolling = {
+        name: "rollingUpdate" in rendered(values)["Deployment"]["spec"]["strategy"] for name, values in CASES.items()
+    }
+    assert rolling == {name: name != "as it comes" for name in CASES}
+    with_claim = {"database.existingSecret": "pg"}
+    assert rendered(with_claim)["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_traces_can_be_sent() -> None:
+    collector = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}
+    rule = {"ports": [{"port": 4318, "protocol": "TCP"}]}
+    objects = rendered({"env": [collector], "networkPolicy.enabled": True, "networkPolicy.egress": [rule]})
+    assert collector in container(objects)["env"]
+    assert rule in objects["NetworkPolicy"]["spec"]["egress"]
+    kubernetes_validate.validate(objects["Deployment"], KUBERNETES[0], strict=True)
+    kubernetes_validate.validate(objects["NetworkPolicy"], KUBERNETES[0], strict=True)
+
+
+def test_prometheus_finds_the_job_under_the_name_that_the_alert_rules_have() -> None:
+    objects = rendered(CASES["autoscaled GPUs"])
+    label = objects["ServiceMonitor"]["spec"]["jobLabel"]
+    assert objects["Service"]["metadata"]["labels"][label] == "cde-server"
+
+
 def test_the_autoscaler_looks_at_the_queue_and_at_the_cpu() -> None:
     metrics = rendered(CASES["autoscaled GPUs"])["HorizontalPodAutoscaler"]["spec"]["metrics"]
     metric = metrics[0]["pods"]["metric"]
