@@ -7,7 +7,9 @@ the same is asked for again.
 import asyncio
 import logging
 import time
+import uuid
 from contextlib import suppress
+from dataclasses import replace
 
 from app.building import ContextBuilder, Outcome, Plan
 from app.domain import ContextInfo, ContextRef, ContextStatus
@@ -44,9 +46,10 @@ class Builds:
 
     async def begin(self, served: ServedModel, new: NewContext, plan: Plan) -> tuple[ContextInfo, Begun]:
         """The version; its build is under way unless it is there already."""
-        info, begun = await self._threads.write(self._store.begin, new)
+        builder = uuid.uuid4().hex
+        info, begun = await self._threads.write(self._store.begin, replace(new, builder=builder))
         if begun is Begun.OURS:
-            task = asyncio.create_task(self._carry_through(served, info, plan))
+            task = asyncio.create_task(self._carry_through(served, info, plan, builder))
             self._running[_key(info)] = task
             CONTEXTS_BUILDING.inc()
             task.add_done_callback(lambda done: self._ended(info, done))
@@ -77,9 +80,9 @@ class Builds:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _carry_through(self, served: ServedModel, info: ContextInfo, plan: Plan) -> ContextInfo:
+    async def _carry_through(self, served: ServedModel, info: ContextInfo, plan: Plan, builder: str) -> ContextInfo:
         done = [0]
-        beating = asyncio.create_task(self._beat(info, done))
+        beating = asyncio.create_task(self._beat(info, builder, done))
         try:
             outcome = await self._outcome(served, info, plan, done)
             texts = outcome.documents if self._keep_documents else None
@@ -89,7 +92,7 @@ class Builds:
                 raise _deleted(info)
         except BaseException as error:
             with suppress(StoreError):  # then it has failed as soon as its lease has run out
-                await self._threads.write(self._store.fail, info, _reason(error))
+                await self._threads.write(self._store.fail, info, builder, _reason(error))
             raise
         finally:
             beating.cancel()
@@ -123,11 +126,11 @@ class Builds:
 
         return await self._builder.build(served, plan, progress)
 
-    async def _beat(self, info: ContextInfo, done: list[int]) -> None:
+    async def _beat(self, info: ContextInfo, builder: str, done: list[int]) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with suppress(StoreError):  # the store has said so in the log
-                await self._threads.write(self._store.beat, info, done[0])
+                await self._threads.write(self._store.beat, info, builder, done[0])
 
     def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
         self._running.pop(_key(info), None)

@@ -89,8 +89,7 @@ class Contexts:
     async def _usable(self, served: ServedModel, ref: ContextRef, namespace: str) -> ContextInfo:
         info = await self._names.find(Space(served.id, namespace), ref)
         if info is None and namespace != SHARED:
-            shared = await self._names.find(Space(served.id), ref)
-            info = shared if shared is not None and shared.name == self._default else None
+            info = await self._shared_default(Space(served.id), ref)
         if info is None:
             await self._explain_missing(served, ref, namespace)
             raise UnknownContextNamed(
@@ -104,6 +103,17 @@ class Contexts:
                 param="context",
             )
         return info
+
+    async def _shared_default(self, space: Space, ref: ContextRef) -> ContextInfo | None:
+        """The default, where `ref` means it."""
+        shared = await self._names.find(space, ref)
+        if shared is None or shared.name == self._default:
+            return shared
+        if ref.id is None:
+            return None
+        # The content has another name as well, under which the store found it.
+        default = await self._names.find(space, ContextRef(self._default, name=self._default))
+        return default if default is not None and default.id == shared.id else None
 
     async def _payload(self, info: ContextInfo) -> Payload | None:
         """None: the store has none."""

@@ -1,7 +1,7 @@
 """Wire bodies of /v1/files and /v1/batches, as OpenAI's."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,11 +16,22 @@ TIMES = (
 """`expires_at` and `expired_at` stay null: a batch here runs until it is done."""
 
 
+class ExpiresAfter(WireModel):
+    anchor: Literal["created_at"] = Field(description="the time the file is created")
+    seconds: Annotated[int, Field(strict=False, ge=3600, le=2_592_000)]  # a form holds it as text
+
+
+class FileRequest(WireModel):
+    purpose: str = Field(description="batch")
+    expires_after: ExpiresAfter | None = None
+
+
 class BatchRequest(WireModel):
     input_file_id: Stored
     endpoint: str = Field(description="/v1/embeddings")
     completion_window: str = Field(description="24h; a batch runs until it is done")
     metadata: Metadata = Field(default_factory=dict)
+    output_expires_after: ExpiresAfter | None = Field(None, description="of the output and error files")
 
 
 def file_body(info: FileInfo) -> dict[str, Any]:
@@ -29,7 +40,7 @@ def file_body(info: FileInfo) -> dict[str, Any]:
         "object": "file",
         "bytes": info.bytes,
         "created_at": info.created_at,
-        "expires_at": None,
+        "expires_at": info.expires_at,
         "filename": info.filename,
         "purpose": info.purpose,
         "status": "processed",

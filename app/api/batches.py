@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import StreamingResponse
 from starlette.types import Message
 
 from app.api.auth import CanEmbed
-from app.api.batch_schemas import BatchRequest, batch_body, file_body
+from app.api.batch_schemas import BatchRequest, FileRequest, batch_body, file_body
 from app.api.body import json_body, validated
 from app.api.dependencies import BatchesOf, Namespace, SettingsOf, admitted
 from app.api.embeddings import request_of
@@ -25,8 +25,8 @@ from app.errors import (
     InvalidRequest,
     RequestTooLarge,
     RetryableError,
+    ServiceError,
     StoreError,
-    UnknownParameter,
     UnsupportedMediaType,
 )
 from app.service import EmbeddingService
@@ -64,8 +64,8 @@ class LineAnswers:
                 raise
             return _answered(error)
 
-    def given_up(self, error: RetryableError) -> tuple[int, bytes]:
-        """What the endpoint answers where this is said again and again."""
+    def given_up(self, error: ServiceError) -> tuple[int, bytes]:
+        """What the endpoint answers to this."""
         return _answered(error)
 
 
@@ -84,13 +84,10 @@ async def upload_file(
     if kind != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise UnsupportedMediaType("multipart/form-data in UTF-8, with 'file' and 'purpose', is expected.")
     async with _bounded(request, settings.limits.max_file_bytes).form(max_files=1, max_fields=20) as given:
-        unknown = next((name for name in given if name not in ("file", "purpose")), None)
-        if unknown is not None and settings.server.unknown_parameters == "reject":
-            raise UnknownParameter(f"Unknown parameter: '{unknown[:100]}'. Known: file, purpose.", param=unknown[:100])
-        purpose, file = given.get("purpose"), given.get("file")
-        if not isinstance(purpose, str):
-            raise InvalidRequest("Missing required parameter: 'purpose'.", param="purpose")
-        check_purpose(purpose)
+        lenient = settings.server.unknown_parameters == "ignore"
+        asked = validated(FileRequest, _fields(given), ignore_unknown=lenient)
+        check_purpose(asked.purpose)
+        file = given.get("file")
         if not isinstance(file, UploadFile):
             raise InvalidRequest("Missing required parameter: 'file'.", param="file")
 
@@ -99,8 +96,22 @@ async def upload_file(
             while piece := file.file.read(PIECE):
                 yield piece
 
-        info = await batches.upload(namespace, _named(file), purpose, content)
+        seconds = None if asked.expires_after is None else asked.expires_after.seconds
+        info = await batches.upload(namespace, _named(file), asked.purpose, content, seconds)
     return ORJSONResponse(file_body(info))
+
+
+def _fields(given: FormData) -> dict[str, Any]:
+    """All but the file; `outer[inner]` is how clients write an object into a form."""
+    flat: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        outer, bracket, inner = name.partition("[")
+        if bracket:
+            nested.setdefault(outer, {})[inner.removesuffix("]")] = value
+        elif name != "file":
+            flat[name] = value
+    return flat | nested
 
 
 def _named(file: UploadFile) -> str:
@@ -167,7 +178,10 @@ async def create_batch(
     body: Annotated[BatchRequest, Depends(json_body(BatchRequest))],
 ) -> Response:
     """Accepted and durable; its lines are checked and run behind."""
-    batch = await batches.create(namespace, body.input_file_id, body.endpoint, body.completion_window, body.metadata)
+    kept = None if body.output_expires_after is None else body.output_expires_after.seconds
+    batch = await batches.create(
+        namespace, body.input_file_id, body.endpoint, body.completion_window, body.metadata, output_seconds=kept
+    )
     return ORJSONResponse(batch_body(batch))
 
 

@@ -118,9 +118,15 @@ def arrays() -> dict[str, Any]:
 
 def form() -> dict[str, Any]:
     """`openapi_extra` of the route that takes a file."""
-    properties = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}}
+    properties = {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after": {"$ref": COMPONENT.format(model="ExpiresAfter")},
+    }
     schema = {"type": "object", "properties": properties, "required": ["file", "purpose"]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    encoding = {"expires_after": {"style": "deepObject", "explode": True}}
+    form = {"schema": schema, "encoding": encoding}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 
 def install(app: FastAPI) -> None:

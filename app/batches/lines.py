@@ -1,7 +1,7 @@
 """A batch's input, line by line, in OpenAI's format."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,13 @@ def parsed(number: int, raw: bytes) -> Line | Problem:
         message = f"The url of every line is the batch's endpoint, {ENDPOINT}."
         return Problem("mismatched_endpoint", message, number, "url")
     return Line(number, given["custom_id"], given["body"], len(raw))
+
+
+def unanswered(chunks: Iterable[bytes], answered: Container[int], max_line_bytes: int) -> Iterator[Line]:
+    """The lines of a good input whose numbers are not among `answered`. Raises LineTooLong."""
+    for number, raw in numbered(chunks, max_line_bytes):
+        if number not in answered and isinstance(line := parsed(number, raw), Line):
+            yield line
 
 
 def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tuple[int, list[Problem]]:

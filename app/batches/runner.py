@@ -7,44 +7,37 @@ transaction that sees to it that it still does.
 import asyncio
 import logging
 import socket
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-import orjson
-
-from app.batches.lines import Line, LineTooLong, checked, numbered, parsed
-from app.errors import OutOfDeviceMemory, RetryableError, ShuttingDown, StoreError
+from app.batches.answering import Answers, answered, given_up
+from app.batches.lines import Line, LineTooLong, checked, unanswered
+from app.batches.window import WINDOW_LINES, Window
+from app.errors import ServerFault, ShuttingDown, StoreError
 from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
 from app.telemetry.metrics import BATCH_LINES, BATCHES_RUNNING
-from app.telemetry.requests import RequestRecord, current
 
 log = logging.getLogger(__name__)
 
 
-class Answers(Protocol):
-    """A line's body -> status and body, as the endpoint answers."""
-
-    async def __call__(self, body: Any, namespace: str, /) -> tuple[int, bytes]:
-        """In that namespace. Raises what may pass."""
-
-    def given_up(self, error: RetryableError, /) -> tuple[int, bytes]:
-        """Where what may pass did not."""
+Task = asyncio.Task[LineResult | None]
 
 
 LOOK_SECONDS = 2.0
 """Between two looks for batches that other processes took in or left."""
 BEAT_SECONDS = 2.0
-WINDOW_LINES, WINDOW_TEXTS, WINDOW_BYTES = 32, 256, 4 * 2**20
-"""Lines in memory and on the engine together; their answers are stored together."""
-LONGEST_WAIT = 5.0
-ATTEMPTS = 5
-"""At a line that the device has no room for. What is full, down or being built is waited for."""
+SWEEP_SECONDS = 60.0
+STORE_SECONDS = 1.0
+"""An answer is stored at the latest so long behind the one before it."""
+DEADLY = 3
+"""A line during which, run alone, the process ended so often is given up."""
+ENDED = "The server ended unexpectedly each time it computed this line."
 AT_ONCE = 4
 """Batches side by side, so that a small one does not wait for the end of a large one."""
 
@@ -57,7 +50,7 @@ class BatchRunner:
         store: SqlBatchStore,
         files: SqlFileStore,
         threads: StoreThreads,
-        answer: Answers,
+        answers: Answers,
         *,
         max_lines: int,
         max_line_bytes: int,
@@ -65,13 +58,16 @@ class BatchRunner:
         self._store = store
         self._files = files
         self._threads = threads
-        self._answer = answer
+        self._answers = answers
         self._max_lines = max_lines
         self._max_line_bytes = max_line_bytes
         self._woken = asyncio.Event()
+        self._suspects = asyncio.Lock()  # so that each is blamed for its own
+        self._sweeping: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the name each claims batches under
 
     def start(self) -> None:
+        self._sweeping = asyncio.create_task(self._sweep())
         for _ in range(AT_ONCE):
             owner = f"{socket.gethostname()[:20]}-{uuid.uuid4().hex}"
             self._tasks[owner] = asyncio.create_task(self._run(owner))
@@ -80,13 +76,25 @@ class BatchRunner:
         """There is something to run."""
         self._woken.set()
 
-    async def close(self) -> None:
-        """Stops; another process, or the next start, goes on behind the last stored answer."""
-        for task in self._tasks.values():
+    async def close(self, *, failed: bool = False) -> None:
+        """Stops; another process, or the next start, goes on behind the last stored answer. `failed`: a line may be why
+        the process ends, so it leaves its batches as one that was killed does."""
+        tasks = [task for task in (self._sweeping, *self._tasks.values()) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if failed:
+            return
         with suppress(StoreError):
             await self._threads.write(self._store.release, list(self._tasks))
+
+    async def _sweep(self) -> None:
+        """Deletes files that have expired."""
+        while True:
+            with suppress(StoreError):  # the store has said so in the log
+                while await self._threads.write(self._files.delete_expired):
+                    pass
+            await asyncio.sleep(SWEEP_SECONDS)
 
     async def _run(self, owner: str) -> None:
         while True:
@@ -148,68 +156,53 @@ class BatchRunner:
 
     async def _work(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
         """All lines that have no answer yet; ends early when the batch is cancelled or lost."""
-        answered = await self._threads.read(self._store.answered, batch.id)
-        windows = self._windows(batch, answered)
-        while window := await self._threads.read(next, windows, None):
-            found = await asyncio.gather(*(self._result(batch, line, stopped) for line in window))
-            results = [result for result in found if result is not None]
-            if not results:
-                return
-            status = await self._threads.write(self._store.record, batch.id, owner, results)
-            for result in results:
-                BATCH_LINES.labels("completed" if result.ok else "failed").inc()
-            if status is BatchStatus.CANCELLING or stopped.is_set():
-                return
+        done_before = await self._threads.read(self._store.answered, batch.id)
+        lines = unanswered(self._files.chunks(batch.input_file_id), done_before, self._max_line_bytes)
+        if batch.orphaned:
+            await self._one_by_one(batch, owner, lines, stopped)
+        window, running = Window(lines), set[Task]()
+        try:
+            while True:
+                more = [] if stopped.is_set() else await self._threads.read(window.more)
+                running |= {
+                    asyncio.create_task(answered(self._answers, line, batch.namespace, stopped)) for line in more
+                }
+                if not running:
+                    return
+                done, running = await _some(running)
+                results = [result for task in done if (result := task.result()) is not None]
+                if results:
+                    await self._record(batch, owner, results, stopped)
+                    window.stored(result.number for result in results)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
-    def _windows(self, batch: BatchInfo, answered: set[int]) -> Iterator[list[Line]]:
-        lines = (
-            line
-            for number, raw in numbered(self._files.chunks(batch.input_file_id), self._max_line_bytes)
-            if number not in answered and isinstance(line := parsed(number, raw), Line)
-        )
-        while window := list(islice(lines, 1)):
-            texts, size = window[0].inputs, window[0].size
-            while len(window) < WINDOW_LINES and texts < WINDOW_TEXTS and size < WINDOW_BYTES:
-                more = next(lines, None)
-                if more is None:
-                    break
-                window.append(more)
-                texts += more.inputs
-                size += more.size
-            yield window
+    async def _one_by_one(self, batch: BatchInfo, owner: str, lines: Iterator[Line], stopped: asyncio.Event) -> None:
+        """The lines among which is the one that ended the last process, if one of this batch did."""
+        for _ in range(WINDOW_LINES):
+            async with self._suspects:
+                line = None if stopped.is_set() else await self._threads.read(next, lines, None)
+                if line is None:
+                    return
+                if await self._threads.write(self._store.try_alone, batch.id, owner, line.number) > DEADLY:
+                    log.error("batch %s: line %d is given up, it has ended the process again and again", batch.id,
+                              line.number)  # fmt: skip
+                    result: LineResult | None = given_up(self._answers, line, ServerFault(ENDED))
+                else:
+                    task = asyncio.create_task(answered(self._answers, line, batch.namespace, stopped))
+                    result = await task
+                if result is not None:
+                    await self._record(batch, owner, [result], stopped)
 
-    async def _result(self, batch: BatchInfo, line: Line, stopped: asyncio.Event) -> LineResult | None:
-        request = RequestRecord(f"req_{uuid.uuid4().hex}")
-        current.set(request)  # this line's task has a context of its own: what it logs has the id of its answer
-        answered = await self._patiently(line.body, batch.namespace, stopped)
-        if answered is None:
-            return None
-        status, body = answered
-        response = {"status_code": status, "request_id": request.id, "body": orjson.Fragment(body)}
-        answer = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response}
-        return LineResult(
-            line.number, status < 400, orjson.dumps(answer | {"error": None}, option=orjson.OPT_APPEND_NEWLINE)
-        )
-
-    async def _patiently(self, body: Any, namespace: str, stopped: asyncio.Event) -> tuple[int, bytes] | None:
-        """What may pass is waited for, however long that takes, but for a text that fits on no device; None: until the
-        batch was stopped."""
-        failures = 0
-        while not stopped.is_set():
-            try:
-                return await self._answer(body, namespace)
-            except ShuttingDown:
-                raise
-            except RetryableError as error:
-                failures += isinstance(error, OutOfDeviceMemory)
-                if failures == ATTEMPTS:
-                    return self._answer.given_up(error)
-                seconds = min(error.retry_after, LONGEST_WAIT)
-            except StoreError:
-                seconds = 1.0
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stopped.wait(), seconds)
-        return None
+    async def _record(
+        self, batch: BatchInfo, owner: str, results: Sequence[LineResult], stopped: asyncio.Event
+    ) -> None:
+        if await self._threads.write(self._store.record, batch.id, owner, results) is BatchStatus.CANCELLING:
+            stopped.set()
+        for result in results:
+            BATCH_LINES.labels("completed" if result.ok else "failed").inc()
 
     async def _beat(self, batch: BatchInfo, owner: str, stopped: asyncio.Event) -> None:
         while True:  # also while it stops: what is being answered is still to be stored
@@ -222,3 +215,13 @@ class BatchRunner:
                 return
             except StoreError as error:
                 log.debug("no sign of life of batch %s: %s", batch.id, error)
+
+
+async def _some(running: set[Task]) -> tuple[set[Task], set[Task]]:
+    """Those that are done when half of them are, or a second behind the first one, and the others."""
+    done, rest = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    end = time.monotonic() + STORE_SECONDS
+    while rest and len(done) < len(rest) and (left := end - time.monotonic()) > 0:
+        more, rest = await asyncio.wait(rest, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        done |= more
+    return done, rest

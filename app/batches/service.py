@@ -26,11 +26,11 @@ class Batches:
         self._runner = runner
 
     async def upload(
-        self, namespace: str, filename: str, purpose: str, content: Callable[[], Iterable[bytes]]
+        self, namespace: str, filename: str, purpose: str, content: Callable[[], Iterable[bytes]], seconds: int | None
     ) -> FileInfo:
-        """Raises InvalidRequest, and what reading the content raises."""
+        """`seconds`: that it is kept; None: for ever. Raises InvalidRequest, and what reading the content raises."""
         check_purpose(purpose)
-        return await self._threads.write(self._files.add, namespace, filename, purpose, content)
+        return await self._threads.write(self._files.add, namespace, filename, purpose, content, seconds=seconds)
 
     async def file(self, namespace: str, file_id: str) -> FileInfo:
         """Raises NotFound."""
@@ -65,9 +65,17 @@ class Batches:
             )
 
     async def create(
-        self, namespace: str, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]
+        self,
+        namespace: str,
+        input_file_id: str,
+        endpoint: str,
+        window: str,
+        metadata: Mapping[str, str],
+        *,
+        output_seconds: int | None,
     ) -> BatchInfo:
-        """A batch, accepted and durable; its input is looked at behind. Raises InvalidRequest."""
+        """A batch, accepted and durable; its input is looked at behind. `output_seconds`: that its output files are
+        kept. Raises InvalidRequest."""
         if endpoint != ENDPOINT:
             raise InvalidRequest(f"Invalid 'endpoint': this server runs batches of {ENDPOINT}.", param="endpoint")
         if window != WINDOW:
@@ -80,7 +88,14 @@ class Batches:
                 f"Invalid 'input_file_id': the file's purpose is {found.purpose}, not {PURPOSE}.", param="input_file_id"
             )
         batch = BatchInfo(
-            f"batch_{uuid.uuid4().hex}", namespace, endpoint, input_file_id, window, int(time.time()), metadata=metadata
+            f"batch_{uuid.uuid4().hex}",
+            namespace,
+            endpoint,
+            input_file_id,
+            window,
+            int(time.time()),
+            metadata=metadata,
+            output_seconds=output_seconds,
         )
         if not await self._threads.write(self._store.add, batch):  # deleted since
             raise _no_input(input_file_id)

@@ -114,7 +114,9 @@ def _transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ConfigError("The variant reference needs transformers: pip install 'cde-server[bench]'") from error
+        raise ConfigError(
+            "The variant reference needs transformers: pip install -e '.[bench]' in a checkout"
+        ) from error
 
 
 def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -79,5 +79,5 @@ def embed_on_ray(recipe: Recipe, context_of: ContextOf, input_: str, output: str
 def _ray_data() -> Any:
     """The one module of the command line that needs Ray, whose import takes a second."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--engine ray needs Ray: pip install 'cde-server[ray]'")
+        raise ConfigError("--engine ray needs Ray: pip install -e '.[ray]' in a checkout")
     return importlib.import_module("app.scale.corpus")

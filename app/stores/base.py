@@ -14,7 +14,8 @@ LEASE_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class NewContext:
     """A context before it has a version. `id`: by its content, or, until the first stage has run, by what it is
-    chosen from. `total`: documents that go through the first stage."""
+    chosen from. `total`: documents that go through the first stage. `builder`: who builds it, if it is to be built;
+    what they say of it counts until another one has taken over."""
 
     id: str
     space: Space
@@ -26,6 +27,7 @@ class NewContext:
     dimensions: int
     metadata: Mapping[str, str] = field(default_factory=dict)
     total: int = 0
+    builder: str = ""
 
 
 class Begun(Enum):
@@ -60,14 +62,14 @@ class ContextStore(Protocol):
     def begin(self, new: NewContext) -> tuple[ContextInfo, Begun]:
         """Reserves a version in progress, unless this content has one under this name; a failed one begins anew."""
 
-    def beat(self, info: ContextInfo, done: int) -> None:
+    def beat(self, info: ContextInfo, builder: str, done: int) -> None:
         """The builder lives, and `done` documents are through."""
 
     def complete(self, info: ContextInfo, built: Built) -> ContextInfo | None:
         """The version is there. Where the name has this content already, that version stays and this one goes.
         None: it was deleted meanwhile."""
 
-    def fail(self, info: ContextInfo, reason: str) -> None:
+    def fail(self, info: ContextInfo, builder: str, reason: str) -> None:
         """The version in progress has failed; its name goes on pointing where it did."""
 
     def put(self, new: NewContext, arrays: Arrays) -> tuple[ContextInfo, bool]:

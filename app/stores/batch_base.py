@@ -26,7 +26,7 @@ UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.FINAL
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A stored file without its content."""
+    """A stored file without its content. Times in Unix seconds; from `expires_at` on it is not there."""
 
     id: str
     namespace: str
@@ -34,6 +34,7 @@ class FileInfo:
     purpose: str
     bytes: int
     created_at: int
+    expires_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
-    """A batch. `times`: when it came into each state, by OpenAI's names (`in_progress_at`, …)."""
+    """A batch. `times`: when it came into each state, by OpenAI's names (`in_progress_at`, …). `output_seconds`: what
+    its output files have to live; None: for ever. `orphaned`: as it was claimed, its last owner had died."""
 
     id: str
     namespace: str
@@ -65,6 +67,8 @@ class BatchInfo:
     error_file_id: str | None = None
     problems: Sequence[Problem] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    output_seconds: int | None = None
+    orphaned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,18 @@
 """The tables of files and batches; `migrations/` creates them."""
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, ForeignKey, Integer, LargeBinary, String, Table
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+)
 
 from app.stores.tables import Serial, metadata
 
@@ -17,6 +29,8 @@ files = Table(
     # What a batch put out is not copied: the file is that batch's lines that went well, or those that did not.
     Column("batch_id", String(40)),
     Column("ok", Boolean),
+    Column("expires_at", BigInteger, index=True),
+    Index("ix_files_namespace_seq", "namespace", "seq"),
     sqlite_autoincrement=True,
 )
 
@@ -52,6 +66,12 @@ batches = Table(
     # The process that runs it, and its last sign of life in Unix seconds.
     Column("owner", String(64)),
     Column("beat_at", Float, nullable=False),
+    # The line that was run alone last, and how often.
+    Column("alone_line", Integer),
+    Column("alone_tries", Integer, nullable=False, server_default="0"),
+    # What its output files have to live.
+    Column("output_seconds", BigInteger),
+    Index("ix_batches_namespace_seq", "namespace", "seq"),
     sqlite_autoincrement=True,
 )
 

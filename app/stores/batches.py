@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
@@ -20,7 +20,7 @@ from app.stores.batch_base import (
 )
 from app.stores.batch_tables import batch_lines, batches, files
 from app.stores.database import Database
-from app.stores.files import add_file, page
+from app.stores.files import add_file, page, unexpired
 
 
 class SqlBatchStore:
@@ -36,7 +36,8 @@ class SqlBatchStore:
         """False where its input file is gone; from then on that is not deleted."""
         values = asdict(batch) | {"status": batch.status.value, "owner": None, "beat_at": 0.0}
         values["problems"] = [asdict(problem) for problem in batch.problems]
-        file = select(files.c.seq).where(files.c.id == batch.input_file_id).with_for_update(read=True)
+        del values["orphaned"]
+        file = select(files.c.seq).where(files.c.id == batch.input_file_id, unexpired()).with_for_update(read=True)
 
         def work(connection: Connection) -> bool:
             if connection.scalar(file) is None:
@@ -97,7 +98,7 @@ class SqlBatchStore:
                 return None
             taken = update(batches).where(batches.c.id == row["id"])
             connection.execute(taken.values(owner=owner, beat_at=now))
-            return _info(row)
+            return replace(_info(row), orphaned=row["owner"] not in (None, owner))
 
         return self._database.write(work)
 
@@ -115,6 +116,18 @@ class SqlBatchStore:
         """Whatever the owners run may be taken over at once."""
         query = update(batches).where(batches.c.owner.in_(owners)).values(owner=None)
         self._database.write(lambda connection: connection.execute(query))
+
+    def try_alone(self, batch_id: str, owner: str, number: int) -> int:
+        """The owner runs this line now and no other one: for the how manieth time in a row."""
+
+        def work(connection: Connection) -> int:
+            row = _owned(connection, batch_id, owner)
+            tries: int = 1 + (row["alone_tries"] if row["alone_line"] == number else 0)
+            values = {"alone_line": number, "alone_tries": tries}
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(values))
+            return tries
+
+        return self._database.write(work)
 
     def begin(self, batch_id: str, owner: str, total: int) -> BatchStatus:
         """The input is right and has `total` lines. A batch that is being cancelled stays so."""
@@ -206,10 +219,12 @@ def _output(connection: Connection, row: RowMapping, *, ok: bool) -> str:
     mine = and_(batch_lines.c.batch_id == row["id"], batch_lines.c.ok == ok)
     size = connection.scalar(select(func.sum(batch_lines.c.bytes)).where(mine)) or 0
     name = f"{row['id']}_{'output' if ok else 'error'}.jsonl"
-    return add_file(connection, row["namespace"], name, "batch_output", int(size), batch_id=row["id"], ok=ok).id
+    of = {"batch_id": row["id"], "ok": ok}
+    kept = {"size": int(size), "seconds": row["output_seconds"]}
+    return add_file(connection, row["namespace"], name, "batch_output", **kept, **of).id
 
 
 def _info(row: RowMapping) -> BatchInfo:
-    fields = {name: row[name] for name in BatchInfo.__dataclass_fields__}
+    fields = {name: row[name] for name in BatchInfo.__dataclass_fields__ if name != "orphaned"}
     fields |= {"status": BatchStatus(row["status"]), "problems": tuple(Problem(**p) for p in row["problems"])}
     return BatchInfo(**fields)

@@ -7,7 +7,20 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from sqlalchemy import ColumnElement, Connection, Row, RowMapping, Table, and_, delete, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    RowMapping,
+    Table,
+    and_,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from app.stores.batch_base import UNFINISHED, FileInfo, Listing
 from app.stores.batch_tables import batch_lines, batches, file_chunks, files
@@ -27,12 +40,25 @@ class SqlFileStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, namespace: str, filename: str, purpose: str, content: Callable[[], Iterable[bytes]]) -> FileInfo:
-        """A file, whole or not at all. `content` is called for each attempt."""
-        return self._database.write(lambda connection: _written(connection, namespace, filename, purpose, content()))
+    def add(
+        self,
+        namespace: str,
+        filename: str,
+        purpose: str,
+        content: Callable[[], Iterable[bytes]],
+        *,
+        seconds: int | None = None,
+    ) -> FileInfo:
+        """A file, whole or not at all. `content` is called for each attempt; `seconds`: that it is kept."""
+
+        def work(connection: Connection) -> FileInfo:
+            info = add_file(connection, namespace, filename, purpose, size=0, seconds=seconds)
+            return replace(info, bytes=_written(connection, info.id, content()))
+
+        return self._database.write(work)
 
     def get(self, namespace: str, file_id: str) -> FileInfo | None:
-        query = select(files).where(files.c.namespace == namespace, files.c.id == file_id)
+        query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, unexpired())
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().first()
         return _info(row) if row else None
@@ -42,7 +68,7 @@ class SqlFileStore:
     ) -> Listing[FileInfo] | None:
         """None where there is no file `after`."""
         with self._database.reading() as connection:
-            query = select(files).where(files.c.namespace == namespace)
+            query = select(files).where(files.c.namespace == namespace, unexpired())
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
             rows = page(connection, files, query, after=after, limit=limit, newest_first=newest_first)
@@ -63,18 +89,19 @@ class SqlFileStore:
         """None: there is none. False: an unfinished batch reads it, nothing is done."""
 
         def work(connection: Connection) -> bool | None:
-            query = select(files).where(files.c.namespace == namespace, files.c.id == file_id)
+            query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, unexpired())
             row = connection.execute(query.with_for_update()).mappings().first()
-            if row is None:
-                return None
-            reads = select(batches.c.seq).where(batches.c.input_file_id == file_id, batches.c.status.in_(UNFINISHED))
-            if connection.scalar(reads.limit(1)) is not None:
-                return False
-            connection.execute(delete(file_chunks).where(file_chunks.c.file_id == file_id))
-            if row["batch_id"] is not None:
-                _delete_lines(connection, row)
-            connection.execute(delete(files).where(files.c.id == file_id))
-            return True
+            return None if row is None else _deleted(connection, row)
+
+        return self._database.write(work)
+
+    def delete_expired(self) -> bool:
+        """One of those that no unfinished batch reads. False: there is none."""
+        over = select(files).where(~unexpired(), ~_is_read(files.c.id)).order_by(files.c.expires_at).limit(1)
+
+        def work(connection: Connection) -> bool:
+            row = connection.execute(over.with_for_update(skip_locked=True)).mappings().first()
+            return row is not None and _deleted(connection, row)
 
         return self._database.write(work)
 
@@ -87,22 +114,53 @@ def content_of(connection: Connection, file: RowMapping) -> Iterator[bytes]:
         yield data
 
 
-def add_file(connection: Connection, namespace: str, filename: str, purpose: str, size: int, **output: Any) -> FileInfo:
-    """`output`: of which batch the file is the output, and which half."""
-    info = FileInfo(
-        f"file-{uuid.uuid4().hex[:24]}", namespace, filename[:255], purpose, bytes=size, created_at=int(time.time())
-    )
+def add_file(
+    connection: Connection,
+    namespace: str,
+    filename: str,
+    purpose: str,
+    *,
+    size: int,
+    seconds: int | None,
+    **output: Any,
+) -> FileInfo:
+    """`seconds`: that it is kept; None: until it is deleted. `output`: of which batch it is the output, and which
+    half."""
+    now = int(time.time())
+    end = None if seconds is None else now + seconds
+    info = FileInfo(f"file-{uuid.uuid4().hex[:24]}", namespace, filename[:255], purpose, size, now, end)
     connection.execute(insert(files).values(**asdict(info), **output))
     return info
 
 
-def _written(connection: Connection, namespace: str, filename: str, purpose: str, content: Iterable[bytes]) -> FileInfo:
-    info, size = add_file(connection, namespace, filename, purpose, 0), 0
+def unexpired() -> ColumnElement[bool]:
+    return or_(files.c.expires_at.is_(None), files.c.expires_at > time.time())
+
+
+def _is_read(file_id: Any) -> ColumnElement[bool]:
+    """By a batch that is not finished."""
+    return exists().where(batches.c.input_file_id == file_id, batches.c.status.in_(UNFINISHED))
+
+
+def _deleted(connection: Connection, row: RowMapping) -> bool:
+    """False: it is read. The row is locked, so that no batch is added for it from now on."""
+    if connection.scalar(select(_is_read(row["id"]))):
+        return False
+    connection.execute(delete(file_chunks).where(file_chunks.c.file_id == row["id"]))
+    if row["batch_id"] is not None:
+        _delete_lines(connection, row)
+    connection.execute(delete(files).where(files.c.id == row["id"]))
+    return True
+
+
+def _written(connection: Connection, file_id: str, content: Iterable[bytes]) -> int:
+    """How many bytes."""
+    size = 0
     for number, data in enumerate(_resized(content)):
-        connection.execute(insert(file_chunks).values(file_id=info.id, number=number, data=data, crc32=crc32(data)))
+        connection.execute(insert(file_chunks).values(file_id=file_id, number=number, data=data, crc32=crc32(data)))
         size += len(data)
-    connection.execute(update(files).where(files.c.id == info.id).values(bytes=size))
-    return replace(info, bytes=size)
+    connection.execute(update(files).where(files.c.id == file_id).values(bytes=size))
+    return size
 
 
 def _piece(connection: Connection, file: RowMapping, after: int) -> tuple[int | None, bytes]:

@@ -34,6 +34,7 @@ def version_fields(new: NewContext, version: int) -> dict[str, Any]:
         "error": None,
         "done": 0,
         "total": new.total,
+        "builder": new.builder,
         "beat_at": moment,
         "selection": asdict(new.selection),
         "documents": asdict(new.documents),

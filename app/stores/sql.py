@@ -14,7 +14,7 @@ from app.stores.base import Begun, Built, NewContext
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged
 from app.stores.tables import names, payloads, texts, versions
-from app.stores.writing import begin_version, complete_version, lock_name, one, point, remove
+from app.stores.writing import begin_version, being_built, complete_version, lock_name, one, point, remove
 
 
 class SqlContextStore:
@@ -27,9 +27,9 @@ class SqlContextStore:
         row, begun = self._database.write(lambda connection: begin_version(connection, new))
         return rows.info_of(row), begun
 
-    def beat(self, info: ContextInfo, done: int) -> None:
-        query = update(versions).where(one(info), versions.c.status == ContextStatus.IN_PROGRESS.value)
-        self._database.write(lambda connection: connection.execute(query.values(done=done, beat_at=rows.now())))
+    def beat(self, info: ContextInfo, builder: str, done: int) -> None:
+        query = update(versions).where(being_built(info, builder)).values(done=done, beat_at=rows.now())
+        self._database.write(lambda connection: connection.execute(query))
 
     def complete(self, info: ContextInfo, built: Built) -> ContextInfo | None:
         data = to_safetensors(built.arrays)
@@ -37,10 +37,10 @@ class SqlContextStore:
         row = self._database.write(lambda connection: complete_version(connection, info, built, data, documents))
         return rows.info_of(row) if row is not None else None
 
-    def fail(self, info: ContextInfo, reason: str) -> None:
-        query = update(versions).where(one(info), versions.c.status == ContextStatus.IN_PROGRESS.value)
-        failed = query.values(status=ContextStatus.FAILED.value, error=reason[:512])
-        self._database.write(lambda connection: connection.execute(failed))
+    def fail(self, info: ContextInfo, builder: str, reason: str) -> None:
+        failed = {"status": ContextStatus.FAILED.value, "error": reason[:512]}
+        query = update(versions).where(being_built(info, builder)).values(failed)
+        self._database.write(lambda connection: connection.execute(query))
 
     def put(self, new: NewContext, arrays: Arrays) -> tuple[ContextInfo, bool]:
         data, built = to_safetensors(arrays), Built(new.id, arrays, new.selection, new.documents)
@@ -112,9 +112,11 @@ class SqlContextStore:
             if len(page) <= limit:
                 return Page(page, has_more=False)
             kept, last = page[:limit], page[limit - 1].id
-            if page[limit].id == last:  # names of one content stay together: `after` is an id
-                same = connection.execute(query.where(versions.c.id == last)).mappings()
-                kept = [info for info in kept if info.id != last] + [rows.info_of(row) for row in same]
+            if page[limit].id != last:
+                return Page(kept, has_more=True)
+            # Names of one content stay together: `after` is an id.
+            same = connection.execute(query.where(versions.c.id == last)).mappings()
+            kept = [info for info in kept if info.id != last] + [rows.info_of(row) for row in same]
             tail = connection.scalar(select(payloads.c.seq).where(payloads.c.id == last))
             beyond = query.where(payloads.c.seq < tail if newest_first else payloads.c.seq > tail)
             return Page(kept, has_more=connection.execute(beyond.limit(1)).first() is not None)

@@ -47,7 +47,8 @@ versions = Table(
     Column("error", String(512)),
     Column("done", Integer, nullable=False),
     Column("total", Integer, nullable=False),
-    # The last sign of life of who builds it.
+    # Who builds it, and their last sign of life.
+    Column("builder", String(32)),
     Column("beat_at", DateTime(timezone=True), nullable=False),
     Column("selection", JSON, nullable=False),
     Column("documents", JSON, nullable=False),

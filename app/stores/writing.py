@@ -93,6 +93,11 @@ def one(info: ContextInfo) -> ColumnElement[bool]:
     return and_(rows.in_space(info.space), versions.c.name == info.name, versions.c.version == info.version)
 
 
+def being_built(info: ContextInfo, builder: str) -> ColumnElement[bool]:
+    """The row of this version while this builder is at it."""
+    return and_(one(info), versions.c.status == ContextStatus.IN_PROGRESS.value, versions.c.builder == builder)
+
+
 def point(connection: Connection, space: Space, name: str, version: int) -> None:
     connection.execute(update(names).where(rows.named(space, name)).values(version=version))
 

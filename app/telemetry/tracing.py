@@ -90,7 +90,7 @@ def _exporting() -> "TracerProvider":
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError as error:
-        raise ConfigError("server.traces needs OpenTelemetry's SDK: pip install 'cde-server[otel]'") from error
+        raise ConfigError("server.traces needs OpenTelemetry's SDK: pip install -e '.[otel]' in a checkout") from error
     resource = Resource.create({SERVICE_VERSION: version(NAME)})
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # OTEL_SERVICE_NAME is not set
         resource = resource.merge(Resource({SERVICE_NAME: NAME}))

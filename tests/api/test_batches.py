@@ -126,6 +126,8 @@ def test_an_input_that_cannot_run(client: openai.OpenAI, content: bytes, code: s
         ({"completion_window": "1h"}, "completion_window"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),
         ({"colour": "red"}, "colour"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 3599}}, "output_expires_after.seconds"),
+        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after.anchor"),
     ],
 )
 def test_a_batch_that_is_refused(client: openai.OpenAI, change: dict[str, Any], param: str) -> None:
@@ -150,13 +152,32 @@ def test_files(client: openai.OpenAI) -> None:
         client.batches.retrieve("batch_nothing")
 
 
+def test_files_expire_when_they_are_told_to(client: openai.OpenAI) -> None:
+    """What becomes of them then: tests/contract."""
+    content = json.dumps(line("a", input="x")).encode()
+    file = client.files.create(
+        file=("in.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert file.expires_at == file.created_at + 3600
+    assert client.files.retrieve(file.id).expires_at == file.expires_at
+    batch = finished(client, create(client, file.id, output_expires_after={"anchor": "created_at", "seconds": 7200}).id)
+    output = client.files.retrieve(batch.output_file_id or "")
+    assert output.expires_at == output.created_at + 7200
+
+
 def test_what_is_no_upload(client: openai.OpenAI) -> None:
     url = str(client.base_url)
     assert httpx.post(f"{url}files", json={}).status_code == 415
     assert httpx.post(f"{url}files", data={"purpose": "batch"}, files={"other": b"x"}).status_code == 400
-    expiring = {"purpose": "batch", "expires_after[anchor]": "created_at"}
-    response = httpx.post(f"{url}files", data=expiring, files={"file": b"x"})
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
+    for more, param in (
+        ({"colour": "red"}, "colour"),
+        ({"purpose[a]": "batch"}, "purpose"),
+        ({"expires_after": "3600"}, "expires_after"),
+        ({"expires_after[anchor]": "created_at"}, "expires_after.seconds"),
+        ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "1e4"}, "expires_after.seconds"),
+    ):
+        response = httpx.post(f"{url}files", data={"purpose": "batch"} | more, files={"file": b"x"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
     for content in (b"--y", b"--x\r\nnonsense"):
         response = httpx.post(f"{url}files", content=content, headers=broken)

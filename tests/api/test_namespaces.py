@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.catalog import neutral_documents
 from tests.api.test_auth import auth, entry
 from tests.conftest import ANIMALS, COOKING
 from tests.live import V1, live_server
@@ -101,6 +102,9 @@ def test_the_default_context_answers_everyone(http: httpx.Client) -> None:
     body = {"model": V1, "input": "x"}
     fallback = http.post("/v1/embeddings", json=body, headers=auth("blue"))
     assert fallback.headers["x-context-name"] == "default"
+    same = {"name": "same", "documents": neutral_documents(), "selection": {"method": "first"}}
+    second = http.post("/v1/contexts", json=same, headers=auth("none"))
+    assert second.json()["id"] == fallback.headers["x-context-id"], "found under the other name"
     for ref in ("default", fallback.headers["x-context-id"]):
         named = http.post("/v1/embeddings", json={**body, "context": ref}, headers=auth("blue"))
         assert named.json()["data"] == fallback.json()["data"]

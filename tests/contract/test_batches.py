@@ -105,6 +105,62 @@ def test_another_takes_over_what_is_abandoned(store: SqlBatchStore, monkeypatch:
     assert store.claim("me") is not None
 
 
+def test_it_is_known_whether_the_last_owner_died(store: SqlBatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store)
+
+    def orphaned(owner: str) -> bool:
+        claimed = store.claim(owner)
+        assert claimed is not None
+        return claimed.orphaned
+
+    assert not orphaned("me")
+    assert not orphaned("me"), "its own, after a fault"
+    store.release(["me"])
+    assert not orphaned("you"), "after an orderly stop"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + LEASE_SECONDS + 1)
+    assert orphaned("me")
+
+
+def test_lines_run_alone_are_counted(store: SqlBatchStore) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    assert [store.try_alone("batch_1", "me", number) for number in (1, 1, 2, 2, 2, 1)] == [1, 2, 1, 2, 3, 1]
+    with pytest.raises(LeaseLost):
+        store.try_alone("batch_1", "you", 1)
+
+
+def test_files_expire(store: SqlBatchStore, files: SqlFileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = files.add("", "kept", "batch", lambda: [b"x"])
+    brief = files.add("", "brief", "batch", lambda: [b"y"], seconds=3600)
+    read = files.add("", "read", "batch", lambda: [b"z"], seconds=3600)
+    assert brief.expires_at == brief.created_at + 3600
+    assert store.add(BatchInfo("batch_1", "", "/v1/embeddings", read.id, "24h", 7, output_seconds=7200))
+    assert not files.delete_expired()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3601)
+    assert files.get("", brief.id) is None
+    assert files.delete("", brief.id) is None
+    listing = files.list("", purpose=None, after=None, limit=10, newest_first=False)
+    assert listing is not None
+    assert [info.id for info in listing.items] == ["file-1", kept.id]
+    assert not store.add(BatchInfo("batch_2", "", "/v1/embeddings", brief.id, "24h", 7))
+    assert [files.delete_expired() for _ in range(2)] == [True, False], "one is still read"
+    assert b"".join(files.chunks(read.id)) == b"z"
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    store.record("batch_1", "me", [*lines(1), *lines(2, ok=False)])
+    done = store.finish("batch_1", "me")
+    outputs = [files.get("", file_id or "") for file_id in (done.output_file_id, done.error_file_id)]
+    assert [info and info.expires_at and info.expires_at - info.created_at for info in outputs] == [7200, 7200]
+    assert [files.delete_expired() for _ in range(2)] == [True, False]
+    monkeypatch.setattr(time, "time", lambda: now + 3601 + 7201)
+    assert [files.delete_expired() for _ in range(3)] == [True, True, False]
+    assert store.answered("batch_1") == set()
+    assert b"".join(files.chunks(kept.id)) == b"x"
+
+
 def test_one_of_many_claims_it(store: SqlBatchStore) -> None:
     add(store)
     with ThreadPoolExecutor(8) as pool:

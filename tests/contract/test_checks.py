@@ -35,7 +35,7 @@ def database(url: str) -> Iterator[Database]:
     info, _ = store.begin(new_context("kept", 3))
     store.complete(info, built(3, ["a", "b"]))
     failed, _ = store.begin(new_context("failed", 5))
-    store.fail(failed, "for a reason")
+    store.fail(failed, "me", "for a reason")
     put(store, "gone", 6)
     store.delete_name(M, "gone")
     batches, files = SqlBatchStore(made), SqlFileStore(made)

@@ -17,7 +17,7 @@ M = Space("m")
 COUNTS = DocumentCounts(received=3, chosen=2, duplicates=1, truncated=1, repeated=14)
 
 
-def new_context(name: str, content: int, space: Space = M) -> NewContext:
+def new_context(name: str, content: int, space: Space = M, builder: str = "me") -> NewContext:
     return NewContext(
         id=f"ctx_{content:032x}",
         space=space,
@@ -29,6 +29,7 @@ def new_context(name: str, content: int, space: Space = M) -> NewContext:
         dimensions=3,
         metadata={"team": "search"},
         total=2,
+        builder=builder,
     )
 
 
@@ -199,7 +200,7 @@ def test_a_version_is_begun_and_completed(store: ContextStore) -> None:
     assert (info.status, info.version, info.progress) == (ContextStatus.IN_PROGRESS, 1, (0, 2))
     assert store.get(M, parse_ref("legal")) == info, "while there is no completed one"
     assert store.arrays(info.id) is None
-    store.beat(info, 1)
+    store.beat(info, "me", 1)
     seen = store.get(M, parse_ref(info.id))
     assert seen is not None
     assert seen.progress == (1, 2)
@@ -229,7 +230,7 @@ def test_a_name_points_at_what_is_completed(store: ContextStore) -> None:
 def test_what_fails_leaves_the_name_alone_and_may_begin_anew(store: ContextStore) -> None:
     first, _ = put(store, "legal", 1)
     second, _ = store.begin(new_context("legal", 2))
-    store.fail(second, "the disk is full")
+    store.fail(second, "me", "the disk is full")
     seen = store.get(M, parse_ref("legal.2"))
     assert seen is not None
     assert (seen.status, seen.error) == (ContextStatus.FAILED, "the disk is full")
@@ -243,7 +244,7 @@ def test_one_whose_builder_is_gone_has_failed(store: ContextStore, monkeypatch: 
     info, _ = store.begin(new_context("legal", 1))
     silent_for(monkeypatch, LEASE_SECONDS - 1)
     assert store.get(M, parse_ref("legal")) == info
-    store.beat(info, 1)
+    store.beat(info, "me", 1)
     silent_for(monkeypatch, 2 * LEASE_SECONDS - 2)
     assert store.begin(new_context("legal", 1))[1] is Begun.THEIRS
     silent_for(monkeypatch, 2 * LEASE_SECONDS)
@@ -252,6 +253,26 @@ def test_one_whose_builder_is_gone_has_failed(store: ContextStore, monkeypatch: 
     assert seen.status is ContextStatus.FAILED
     assert "stopped" in (seen.error or "")
     assert store.begin(new_context("legal", 1))[1] is Begun.OURS
+
+
+def test_an_overtaken_builder_does_not_speak_for_its_successor(
+    store: ContextStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has built is the same, so that counts."""
+    info, _ = store.begin(new_context("legal", 1, builder="first"))
+    silent_for(monkeypatch, LEASE_SECONDS + 1)
+    again, begun = store.begin(new_context("legal", 1, builder="second"))
+    assert (begun, again.version) == (Begun.OURS, 1)
+    store.beat(info, "first", 2)
+    store.fail(info, "first", "its process stops")
+    seen = store.get(M, parse_ref("legal"))
+    assert seen is not None
+    assert (seen.status, seen.progress) == (ContextStatus.IN_PROGRESS, (0, 2))
+    assert store.complete(info, built(1)) is not None
+    store.fail(again, "second", "too late")
+    seen = store.get(M, parse_ref("legal"))
+    assert seen is not None
+    assert seen.status is ContextStatus.COMPLETED
 
 
 def test_deleted_while_it_is_built(store: ContextStore) -> None:

@@ -128,4 +128,4 @@ def test_options_of_the_other_engine(tmp_path: Path) -> None:
     assert "not for --engine ray" in CliRunner().invoke(app, [*command, "--engine", "ray", "--overwrite"]).output
     if importlib.util.find_spec("ray") is None:
         refused = CliRunner().invoke(app, [*command, "--engine", "ray"]).exception
-        assert "pip install 'cde-server[ray]'" in str(refused)
+        assert "pip install -e '.[ray]'" in str(refused)

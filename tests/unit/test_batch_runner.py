@@ -3,15 +3,17 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import update
 
-from app.batches.runner import AT_ONCE, ATTEMPTS, WINDOW_BYTES, BatchRunner
-from app.errors import OutOfDeviceMemory, QueueFull, RetryableError
+from app.batches.answering import ATTEMPTS
+from app.batches.runner import AT_ONCE, DEADLY, BatchRunner
+from app.batches.window import WINDOW_BYTES
+from app.errors import OutOfDeviceMemory, QueueFull, ServiceError
 from app.stores.batch_base import BatchInfo, BatchStatus
 from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
@@ -27,9 +29,12 @@ class Bench:
         self.store, self.files = SqlBatchStore(database), SqlFileStore(database)
         self.wake: Callable[[], None] = lambda: None
 
-    def add(self, name: str, lines: int, **body: Any) -> None:
-        request = {"method": "POST", "url": "/v1/embeddings", "body": body}
-        content = "".join(json.dumps({"custom_id": str(i)} | request) + "\n" for i in range(lines)).encode()
+    def add(self, name: str, lines: int, at: Mapping[int, dict[str, Any]] | None = None, **body: Any) -> None:
+        """`at`: lines with another one."""
+        bodies = [(at or {}).get(i, body) for i in range(lines)]
+        request = {"method": "POST", "url": "/v1/embeddings"}
+        told = (json.dumps({"custom_id": str(i), "body": b} | request) + "\n" for i, b in enumerate(bodies))
+        content = "".join(told).encode()
         file = self.files.add("", name, "batch", lambda: [content])
         self.store.add(BatchInfo(name, "", "/v1/embeddings", file.id, "24h", int(time.time())))
         self.wake()
@@ -53,13 +58,17 @@ class Answers:
     async def __call__(self, body: Any, namespace: str) -> tuple[int, bytes]:
         return await self._call(body, namespace)
 
-    def given_up(self, error: RetryableError) -> tuple[int, bytes]:
+    def given_up(self, error: ServiceError) -> tuple[int, bytes]:
         return 503, json.dumps({"given_up": error.message}).encode()
 
 
 @asynccontextmanager
 async def running(
-    path: Path, answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]], max_line_bytes: int = 10_000
+    path: Path,
+    answer: Callable[[Any, str], Awaitable[tuple[int, bytes]]],
+    max_line_bytes: int = 10_000,
+    *,
+    failed: bool = False,
 ) -> AsyncIterator[Bench]:
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
@@ -71,7 +80,7 @@ async def running(
     try:
         yield bench
     finally:
-        await runner.close()
+        await runner.close(failed=failed)
         database.close()
 
 
@@ -227,3 +236,63 @@ async def test_lines_that_are_gone_are_told(tmp_path: Path) -> None:
         ended = await bench.until("cut", lambda info: info.status is BatchStatus.FAILED)
         assert (ended.completed, ended.output_file_id is not None) == (40, True)
         assert "10 of its 50 lines" in ended.problems[0].message
+
+
+async def test_a_line_that_takes_long_keeps_no_other_answer_from_being_stored(tmp_path: Path) -> None:
+    held = asyncio.Event()
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if "slow" in body:
+            await held.wait()
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        bench.add("mixed", 200, at={0: {"slow": True}})
+        info = await bench.until("mixed", lambda info: info.completed == 199)
+        assert info.status is BatchStatus.IN_PROGRESS
+        held.set()
+        await bench.until("mixed", lambda info: info.status is BatchStatus.COMPLETED)
+
+
+async def test_a_line_that_ends_the_process_is_found_and_given_up(tmp_path: Path) -> None:
+    """Its process is killed whenever it is computed. Batches beside it, and its other lines, are none the worse."""
+    killed = asyncio.Event()
+    deaths = 0
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if "deadly" in body:
+            killed.set()
+        if killed.is_set():
+            await asyncio.Event().wait()
+        return 200, b"{}"
+
+    database = Database(f"sqlite:///{tmp_path / 'b.sqlite3'}")
+    over = update(batches).values(beat_at=0.0)
+    while deaths <= DEADLY + 2:
+        killed.clear()
+        async with running(tmp_path, answer, failed=True) as bench:
+            if deaths == 0:
+                bench.add("deadly", 150, at={70: {"deadly": True}})
+                bench.add("healthy", 100)
+            done = asyncio.create_task(bench.until("deadly", lambda info: info.status is BatchStatus.COMPLETED))
+            dead = asyncio.create_task(killed.wait())
+            await asyncio.wait([done, dead], return_when=asyncio.FIRST_COMPLETED)
+            done.cancel()
+            dead.cancel()
+            if not killed.is_set():
+                await bench.until("healthy", lambda info: info.status is BatchStatus.COMPLETED)
+                break
+        deaths += 1
+        await asyncio.to_thread(database.write, lambda connection: connection.execute(over))
+    store, files = SqlBatchStore(database), SqlFileStore(database)
+    deadly, healthy = store.get("", "deadly"), store.get("", "healthy")
+    assert deadly is not None
+    assert healthy is not None
+    assert deaths == 1 + DEADLY
+    assert (deadly.completed, deadly.failed) == (149, 1)
+    assert (healthy.completed, healthy.failed) == (100, 0)
+    (told,) = b"".join(files.chunks(deadly.error_file_id or "")).splitlines()
+    line = json.loads(told)
+    assert line["custom_id"] == "70"
+    assert "ended unexpectedly" in line["response"]["body"]["given_up"]
+    database.close()

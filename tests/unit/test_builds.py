@@ -17,10 +17,10 @@ from app.domain import ContextStatus, Selection
 from app.errors import StoreError
 from app.registry import ServedModel
 from app.stores import faults
-from app.stores.base import Begun
+from app.stores.base import LEASE_SECONDS, Begun
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
-from tests.contract.test_store import COUNTS, M, arrays_of, new_context
+from tests.contract.test_store import COUNTS, M, arrays_of, new_context, silent_for
 
 PLAN = Plan(f"ctx_{1:032x}", ["a", "b"], [], Selection("random", 7), COUNTS, 2)
 ANY_MODEL = cast(ServedModel, None)
@@ -83,14 +83,14 @@ async def test_there_is_an_end_to_waiting(
     """Behind it the version has failed, and may be created again."""
     monkeypatch.setattr(builds, "KEEP_SECONDS", 0.2)
     file = tmp_path / "c.sqlite3"
-    async with building(file) as (made, builder, store):
+    async with building(file) as (made, builder, _):
         info, _ = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
         away = file.rename(tmp_path / "away")
         builder.done.set()
         with pytest.raises(StoreError):
             await made.finished(info)
         away.rename(file)
-        store.fail(info, "as its lease runs out")
+        silent_for(monkeypatch, LEASE_SECONDS + 1)
         again, begun = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
         assert (begun, again.version) == (Begun.OURS, 1)
         assert (await made.finished(again)).status is ContextStatus.COMPLETED
