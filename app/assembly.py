@@ -88,7 +88,15 @@ def assemble(
         max_lines=limits.max_batch_lines,
         max_line_bytes=limits.max_line_bytes,
     )
-    return Parts(registry, engine, contexts, catalog, service, runner, Batches(batches, files, threads, runner))
+    return Parts(
+        registry,
+        engine,
+        contexts,
+        catalog,
+        service,
+        runner,
+        Batches(batches, files, threads, runner, max_unfinished=limits.max_unfinished_batches),
+    )
 
 
 def engine_of(

@@ -23,6 +23,7 @@ ServiceError
 ├── UnsupportedMediaType
 ├── RetryableError
 │   ├── QueueFull
+│   ├── TooManyBatches
 │   ├── BodiesFull
 │   └── Unavailable
 │       ├── NotReady
@@ -143,6 +144,10 @@ class RetryableError(ServiceError):
 
 class QueueFull(RetryableError):
     """The queue has no room for the whole request."""
+
+
+class TooManyBatches(RetryableError):
+    """As many batches of the namespace are unfinished as may be."""
 
 
 class BodiesFull(RetryableError):

@@ -107,6 +107,7 @@ class LimitSettings(_Group):
     )
     max_file_bytes: Positive = Field(200 * 2**20, description="One file of batch lines")
     max_batch_lines: Positive = Field(50_000, description="Lines of one batch")
+    max_unfinished_batches: Positive = Field(1000, description="Of one namespace; beyond it new ones get 429")
     max_header_bytes: Positive = Field(64 * 2**10, description="Request line and headers together")
     max_connections: Positive = Field(4096, description="Open connections; beyond it new ones get 503, probes do not")
     idle_seconds: Positive = Field(

@@ -12,11 +12,13 @@ import hmac
 import logging
 import threading
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from app.domain import SHARED
 from app.errors import ConfigError, InsufficientScope, Unauthenticated
@@ -40,6 +42,16 @@ class _KeysFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     keys: tuple[Key, ...] = Field(min_length=1)
+
+    @field_validator("keys")
+    @classmethod
+    def _told_apart(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+        """Two of one name are a key and its successor; two of one digest would be one key with two sets of rights."""
+        for digest, times in Counter(key.sha256 for key in keys).items():
+            if times > 1:
+                names = ", ".join(key.name for key in keys if key.sha256 == digest)
+                raise PydanticCustomError("twice", "the keys {names} are the same key", {"names": names})
+        return keys
 
 
 class Keyring:
@@ -72,12 +84,13 @@ class Keyring:
         return self._keys
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Also of a file that was put in its place with the same size and time."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def _read(path: Path) -> tuple[Key, ...]:

@@ -97,7 +97,7 @@ async def upload_file(
                 yield piece
 
         seconds = None if asked.expires_after is None else asked.expires_after.seconds
-        info = await batches.upload(namespace, _named(file), asked.purpose, content, seconds)
+        info = await batches.upload(namespace, _named(file), asked.purpose, content(), seconds)
     return ORJSONResponse(file_body(info))
 
 

@@ -41,6 +41,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.RequestTooLarge: (413, INVALID, "request_too_large"),
     errors.UnsupportedMediaType: (415, INVALID, "unsupported_media_type"),
     errors.QueueFull: (429, LIMIT, "rate_limit_exceeded"),
+    errors.TooManyBatches: (429, LIMIT, "rate_limit_exceeded"),
     errors.BodiesFull: (429, LIMIT, "rate_limit_exceeded"),
     errors.HeadersTooLarge: (431, INVALID, "headers_too_large"),
     errors.ServerFault: (500, SERVER, None),

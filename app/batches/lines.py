@@ -1,5 +1,6 @@
 """A batch's input, line by line, in OpenAI's format."""
 
+import math
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ MAX_CUSTOM_ID = 512
 """Those of a whole file are held while it is read."""
 MAX_PROBLEMS = 100
 """Of a bad input, as many are told."""
+BLANK_FACTOR = 2
+"""Lines may be parted by blank ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,14 @@ class Line:
         return len(given) if isinstance(given, list) else 1
 
 
+class TooManyLines(Exception):
+    """Blank ones and others together; `number` is the first that is too many."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class LineTooLong(Exception):
     """Line `number` is over the limit."""
 
@@ -40,8 +51,8 @@ class LineTooLong(Exception):
         self.number = number
 
 
-def numbered(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Lines of a content in chunks, blank ones left out. Raises LineTooLong."""
+def numbered(chunks: Iterable[bytes], max_line_bytes: int, max_lines: float = math.inf) -> Iterator[tuple[int, bytes]]:
+    """Lines of a content in chunks, blank ones left out, though they count. Raises LineTooLong, TooManyLines."""
     parts: list[bytes] = []  # of a line that goes on in the next chunk
     number = 1
     for chunk in chunks:
@@ -50,6 +61,8 @@ def numbered(chunks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[int
                 if line := _line(number, parts):
                     yield number, line
                 parts, number = [], number + 1
+                if number > max_lines:
+                    raise TooManyLines(number)
             parts.append(piece)
             if sum(map(len, parts)) > max_line_bytes:
                 raise LineTooLong(number)
@@ -95,7 +108,7 @@ def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tup
     seen: set[str] = set()
     total = 0
     try:
-        for number, raw in numbered(chunks, max_line_bytes):
+        for number, raw in numbered(chunks, max_line_bytes, max_lines * BLANK_FACTOR + 1):
             total += 1
             line = parsed(number, raw)
             if isinstance(line, Line) and len(line.custom_id) > MAX_CUSTOM_ID:
@@ -106,11 +119,16 @@ def checked(chunks: Iterable[bytes], max_lines: int, max_line_bytes: int) -> tup
                 line = Problem("duplicate_custom_id", message, number, "custom_id")
             if isinstance(line, Line):
                 seen.add(line.custom_id)
-            elif len(problems) < MAX_PROBLEMS:
+            else:
                 problems.append(line)
+            if len(problems) == MAX_PROBLEMS:
+                break
             if total > max_lines:
                 problems.append(Problem("too_many_lines", f"A batch holds at most {max_lines} lines.", number))
                 break
+    except TooManyLines as error:
+        message = f"A batch holds at most {max_lines} lines, and no more blank ones beside them."
+        return total, [*problems, Problem("too_many_lines", message, error.number)]
     except LineTooLong as error:
         message = f"This line is longer than the {max_line_bytes} bytes this server takes."
         return total, [*problems, Problem("invalid_json_line", message, error.number)]

@@ -2,11 +2,11 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from app.batches.lines import ENDPOINT
 from app.batches.runner import BatchRunner
-from app.errors import InvalidRequest, NotFound
+from app.errors import InvalidRequest, NotFound, TooManyBatches
 from app.stores.batch_base import BatchInfo, FileInfo, Listing
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
@@ -19,14 +19,24 @@ PURPOSE = "batch"
 class Batches:
     """Everything callers do to files and batches. Coroutines run on one event loop; the store in threads."""
 
-    def __init__(self, store: SqlBatchStore, files: SqlFileStore, threads: StoreThreads, runner: BatchRunner) -> None:
+    def __init__(
+        self,
+        store: SqlBatchStore,
+        files: SqlFileStore,
+        threads: StoreThreads,
+        runner: BatchRunner,
+        *,
+        max_unfinished: int,
+    ) -> None:
+        """`max_unfinished`: batches of one namespace."""
         self._store = store
         self._files = files
         self._threads = threads
         self._runner = runner
+        self._max_unfinished = max_unfinished
 
     async def upload(
-        self, namespace: str, filename: str, purpose: str, content: Callable[[], Iterable[bytes]], seconds: int | None
+        self, namespace: str, filename: str, purpose: str, content: Iterable[bytes], seconds: int | None
     ) -> FileInfo:
         """`seconds`: that it is kept; None: for ever. Raises InvalidRequest, and what reading the content raises."""
         check_purpose(purpose)
@@ -75,7 +85,7 @@ class Batches:
         output_seconds: int | None,
     ) -> BatchInfo:
         """A batch, accepted and durable; its input is looked at behind. `output_seconds`: that its output files are
-        kept. Raises InvalidRequest."""
+        kept. Raises InvalidRequest, TooManyBatches."""
         if endpoint != ENDPOINT:
             raise InvalidRequest(f"Invalid 'endpoint': this server runs batches of {ENDPOINT}.", param="endpoint")
         if window != WINDOW:
@@ -86,6 +96,12 @@ class Batches:
         if found.purpose != PURPOSE:
             raise InvalidRequest(
                 f"Invalid 'input_file_id': the file's purpose is {found.purpose}, not {PURPOSE}.", param="input_file_id"
+            )
+        if await self._threads.read(self._store.unfinished, namespace) >= self._max_unfinished:
+            raise TooManyBatches(
+                f"{self._max_unfinished} batches are not finished, and this server takes no more of one namespace. "
+                f"Please try again when one is, or put more lines into one batch.",
+                retry_after=60,
             )
         batch = BatchInfo(
             f"batch_{uuid.uuid4().hex}",

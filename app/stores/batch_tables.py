@@ -30,6 +30,8 @@ files = Table(
     Column("batch_id", String(40)),
     Column("ok", Boolean),
     Column("expires_at", BigInteger, index=True),
+    # It is being written, piece by piece, and is not there yet.
+    Column("is_partial", Boolean),
     Index("ix_files_namespace_seq", "namespace", "seq"),
     sqlite_autoincrement=True,
 )
@@ -54,7 +56,7 @@ batches = Table(
     Column("input_file_id", String(40), nullable=False),
     Column("completion_window", String(16), nullable=False),
     Column("created_at", BigInteger, nullable=False),
-    Column("status", String(16), nullable=False, index=True),
+    Column("status", String(16), nullable=False),
     Column("times", JSON, nullable=False),
     Column("total", Integer, nullable=False),
     Column("completed", Integer, nullable=False),
@@ -72,6 +74,7 @@ batches = Table(
     # What its output files have to live.
     Column("output_seconds", BigInteger),
     Index("ix_batches_namespace_seq", "namespace", "seq"),
+    Index("ix_batches_waiting", "status", "namespace", "seq"),
     sqlite_autoincrement=True,
 )
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from sqlalchemy import Connection, RowMapping, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, func, insert, select, update
 
+from app.stores import claiming
 from app.stores.batch_base import (
-    LEASE_SECONDS,
     UNFINISHED,
     BatchInfo,
     BatchStatus,
@@ -20,7 +20,7 @@ from app.stores.batch_base import (
 )
 from app.stores.batch_tables import batch_lines, batches, files
 from app.stores.database import Database
-from app.stores.files import add_file, page, unexpired
+from app.stores.files import add_file, is_there, page
 
 
 class SqlBatchStore:
@@ -37,7 +37,7 @@ class SqlBatchStore:
         values = asdict(batch) | {"status": batch.status.value, "owner": None, "beat_at": 0.0}
         values["problems"] = [asdict(problem) for problem in batch.problems]
         del values["orphaned"]
-        file = select(files.c.seq).where(files.c.id == batch.input_file_id, unexpired()).with_for_update(read=True)
+        file = select(files.c.seq).where(files.c.id == batch.input_file_id, is_there()).with_for_update(read=True)
 
         def work(connection: Connection) -> bool:
             if connection.scalar(file) is None:
@@ -52,6 +52,12 @@ class SqlBatchStore:
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().first()
         return _info(row) if row else None
+
+    def unfinished(self, namespace: str) -> int:
+        """How many there are."""
+        query = select(func.count()).where(batches.c.status.in_(UNFINISHED), batches.c.namespace == namespace)
+        with self._database.reading() as connection:
+            return connection.scalar(query) or 0
 
     def list(self, namespace: str, *, after: str | None, limit: int) -> Listing[BatchInfo] | None:
         """Newest first; None where there is no batch `after`."""
@@ -77,30 +83,18 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def claim(self, owner: str) -> BatchInfo | None:
-        """An unfinished batch that nobody else alive runs: the oldest one of the namespaces of which fewest are run. It
-        is `owner`'s now, or still."""
+        """An unfinished batch that nobody else alive runs: the oldest one of the namespaces of which fewest are run,
+        and of those the one that has not been run for longest. It is `owner`'s now, or still."""
+        with self._database.reading() as connection:
+            order = claiming.order(connection, owner)
+        row = self._database.write(lambda connection: claiming.take(connection, order, owner)) if order else None
+        return None if row is None else replace(_info(row), orphaned=row["owner"] not in (None, owner))
 
-        def work(connection: Connection) -> BatchInfo | None:
-            now = time.time()
-            free = or_(batches.c.owner.is_(None), batches.c.owner == owner, batches.c.beat_at < now - LEASE_SECONDS)
-            other = batches.alias()
-            running = (
-                select(func.count())
-                .select_from(other)
-                .where(other.c.namespace == batches.c.namespace, other.c.status.in_(UNFINISHED))
-                .where(other.c.owner != owner, other.c.beat_at >= now - LEASE_SECONDS)
-                .scalar_subquery()
-            )
-            waiting = select(batches).where(batches.c.status.in_(UNFINISHED), free)
-            query = waiting.order_by(running, batches.c.seq).limit(1)
-            row = connection.execute(query.with_for_update(skip_locked=True)).mappings().first()
-            if row is None:
-                return None
-            taken = update(batches).where(batches.c.id == row["id"])
-            connection.execute(taken.values(owner=owner, beat_at=now))
-            return replace(_info(row), orphaned=row["owner"] not in (None, owner))
-
-        return self._database.write(work)
+    def is_crowded(self, owner: str, namespace: str, *, by: int) -> bool:
+        """Whether a batch waits of a namespace of which fewer are run than of this one, whose batch `owner` runs: fewer
+        by at least `by`."""
+        with self._database.reading() as connection:
+            return claiming.is_crowded(connection, owner, namespace, by)
 
     def beat(self, batch_id: str, owner: str) -> BatchStatus:
         """The owner lives; gives the state, which others may have changed."""

@@ -135,8 +135,12 @@ def connect(url: str) -> Engine:
 def not_opened(url: URL, error: Exception) -> StoreError:
     """For the operator; never shows the password."""
     kind = type(fault_of(error, sqlite.file_of(url))) if isinstance(error, SQLAlchemyError) else StoreAway
-    reason = words_of(error).replace(url.password or "\0", "***")
-    return kind(f"The context store {url.render_as_string()} cannot be opened ({kind.kind}): {reason}")
+    reason = words_of(error)
+    secrets = [url.password, *(value for name, value in url.query.items() if "pass" in name)]
+    for secret in filter(None, secrets):
+        reason = reason.replace(str(secret), "***")
+    shown = url.set(query={}).render_as_string()  # libpq takes passwords there too
+    return kind(f"The context store {shown} cannot be opened ({kind.kind}): {reason}")
 
 
 def is_conflict(error: SQLAlchemyError) -> bool:

@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
@@ -10,18 +11,20 @@ from zlib import crc32
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Insert,
     Row,
     RowMapping,
     Table,
+    Update,
     and_,
     delete,
     exists,
     insert,
-    or_,
     select,
     update,
 )
 
+from app.errors import StoreError
 from app.stores.batch_base import UNFINISHED, FileInfo, Listing
 from app.stores.batch_tables import batch_lines, batches, file_chunks, files
 from app.stores.database import Database
@@ -31,6 +34,8 @@ CHUNK_BYTES = 2**20
 LOOK_AHEAD = 500
 """Lines whose sizes are looked at to make a piece of about CHUNK_BYTES."""
 DELETED_TOGETHER = 500
+PARTIAL_SECONDS = 3600
+"""A file that takes longer to be written is given up."""
 
 
 class SqlFileStore:
@@ -45,20 +50,35 @@ class SqlFileStore:
         namespace: str,
         filename: str,
         purpose: str,
-        content: Callable[[], Iterable[bytes]],
+        content: Iterable[bytes],
         *,
         seconds: int | None = None,
     ) -> FileInfo:
-        """A file, whole or not at all. `content` is called for each attempt; `seconds`: that it is kept."""
+        """A file, whole or not at all. `seconds`: that it is kept. Pieces are written one by one, so that others write
+        between them; until the last one is, nobody sees it, and what a process that died leaves is deleted in time."""
+        info = self._database.write(
+            lambda connection: add_file(
+                connection, namespace, filename, purpose, size=0, seconds=PARTIAL_SECONDS, is_partial=True
+            )
+        )
+        size = 0
+        try:
+            for number, data in enumerate(_resized(content)):
+                self._run(insert(file_chunks).values(file_id=info.id, number=number, data=data, crc32=crc32(data)))
+                size += len(data)
+            end = None if seconds is None else info.created_at + seconds
+            self._run(update(files).where(files.c.id == info.id).values(bytes=size, expires_at=end, is_partial=None))
+        except BaseException:
+            with suppress(StoreError):
+                self._database.write(lambda connection: _delete(connection, info.id))
+            raise
+        return replace(info, bytes=size, expires_at=end)
 
-        def work(connection: Connection) -> FileInfo:
-            info = add_file(connection, namespace, filename, purpose, size=0, seconds=seconds)
-            return replace(info, bytes=_written(connection, info.id, content()))
-
-        return self._database.write(work)
+    def _run(self, statement: Insert | Update) -> None:
+        self._database.write(lambda connection: connection.execute(statement))
 
     def get(self, namespace: str, file_id: str) -> FileInfo | None:
-        query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, unexpired())
+        query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, is_there())
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().first()
         return _info(row) if row else None
@@ -68,7 +88,7 @@ class SqlFileStore:
     ) -> Listing[FileInfo] | None:
         """None where there is no file `after`."""
         with self._database.reading() as connection:
-            query = select(files).where(files.c.namespace == namespace, unexpired())
+            query = select(files).where(files.c.namespace == namespace, is_there())
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
             rows = page(connection, files, query, after=after, limit=limit, newest_first=newest_first)
@@ -89,7 +109,7 @@ class SqlFileStore:
         """None: there is none. False: an unfinished batch reads it, nothing is done."""
 
         def work(connection: Connection) -> bool | None:
-            query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, unexpired())
+            query = select(files).where(files.c.namespace == namespace, files.c.id == file_id, is_there())
             row = connection.execute(query.with_for_update()).mappings().first()
             return None if row is None else _deleted(connection, row)
 
@@ -97,7 +117,7 @@ class SqlFileStore:
 
     def delete_expired(self) -> bool:
         """One of those that no unfinished batch reads. False: there is none."""
-        over = select(files).where(~unexpired(), ~_is_read(files.c.id)).order_by(files.c.expires_at).limit(1)
+        over = select(files).where(_has_expired(), ~_is_read(files.c.id)).order_by(files.c.expires_at).limit(1)
 
         def work(connection: Connection) -> bool:
             row = connection.execute(over.with_for_update(skip_locked=True)).mappings().first()
@@ -133,8 +153,12 @@ def add_file(
     return info
 
 
-def unexpired() -> ColumnElement[bool]:
-    return or_(files.c.expires_at.is_(None), files.c.expires_at > time.time())
+def is_there() -> ColumnElement[bool]:
+    return and_(files.c.is_partial.is_(None), ~_has_expired())
+
+
+def _has_expired() -> ColumnElement[bool]:
+    return and_(files.c.expires_at.is_not(None), files.c.expires_at <= time.time())
 
 
 def _is_read(file_id: Any) -> ColumnElement[bool]:
@@ -146,21 +170,15 @@ def _deleted(connection: Connection, row: RowMapping) -> bool:
     """False: it is read. The row is locked, so that no batch is added for it from now on."""
     if connection.scalar(select(_is_read(row["id"]))):
         return False
-    connection.execute(delete(file_chunks).where(file_chunks.c.file_id == row["id"]))
     if row["batch_id"] is not None:
         _delete_lines(connection, row)
-    connection.execute(delete(files).where(files.c.id == row["id"]))
+    _delete(connection, row["id"])
     return True
 
 
-def _written(connection: Connection, file_id: str, content: Iterable[bytes]) -> int:
-    """How many bytes."""
-    size = 0
-    for number, data in enumerate(_resized(content)):
-        connection.execute(insert(file_chunks).values(file_id=file_id, number=number, data=data, crc32=crc32(data)))
-        size += len(data)
-    connection.execute(update(files).where(files.c.id == file_id).values(bytes=size))
-    return size
+def _delete(connection: Connection, file_id: str) -> None:
+    connection.execute(delete(file_chunks).where(file_chunks.c.file_id == file_id))
+    connection.execute(delete(files).where(files.c.id == file_id))
 
 
 def _piece(connection: Connection, file: RowMapping, after: int) -> tuple[int | None, bytes]:

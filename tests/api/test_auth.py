@@ -74,6 +74,29 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert keyring.find("two"), "a broken file leaves the keys as they were"
 
 
+def test_a_file_of_the_same_size_and_time_is_another_one(tmp_path: Path) -> None:
+    """As some tools put it there: the key that is gone must not go on working."""
+    file, other = tmp_path / "keys.toml", tmp_path / "new.toml"
+    file.write_text(entry("a", "one"))
+    keyring = Keyring(file)
+    other.write_text(entry("a", "two"))
+    before = file.stat()
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert keyring.find("one") is None
+    assert keyring.find("two")
+
+
+def test_one_key_has_one_set_of_rights(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("old", "one") + entry("old", "two"))
+    assert Keyring(file).find("two"), "a key and its successor may have one name"
+    file.write_text(entry("a", "one") + entry("b", "one", "embed"))
+    with pytest.raises(ConfigError, match="a, b are the same key"):
+        Keyring(file)
+
+
 @pytest.mark.parametrize("content", ["", "keys = 3", '[[keys]]\nname = "a"\nsha256 = "short"\n', "[["])
 def test_a_bad_file_stops_the_start(tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys.toml"

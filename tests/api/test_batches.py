@@ -14,6 +14,8 @@ import openai
 import pytest
 from openai.types import Batch
 
+from app.stores.batches import SqlBatchStore
+from app.stores.database import Database
 from tests.api.test_auth import auth
 from tests.api.test_auth import entry as key_entry
 from tests.api.test_contexts import start_process
@@ -192,6 +194,21 @@ def test_a_file_over_the_limit(tmp_path: Path) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
+def test_unfinished_batches_are_bounded(tmp_path: Path) -> None:
+    with (
+        live_server(tmp_path, limits={"max_unfinished_batches": 2}) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        file_id = upload(client, [line(str(i), input=["x"] * 500) for i in range(100)])
+        made = [create(client, file_id) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError, match="2 batches are not finished") as refused:
+            create(client, file_id)
+        assert float(refused.value.response.headers["retry-after"]) > 0
+        client.batches.cancel(made[0].id)
+        finished(client, made[0].id)
+        create(client, file_id)
+
+
 def test_cancel_keeps_what_is_answered(client: openai.OpenAI) -> None:
     file_id = upload(client, [line(str(i), input=[f"text {i} {j}" for j in range(40)]) for i in range(400)])
     batch = create(client, file_id)
@@ -251,12 +268,14 @@ def test_kill_9_in_the_middle(tmp_path: Path) -> None:
             time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
+    before = SqlBatchStore(database).get("", batch.id)
+    database.close()
+    assert before is not None
+    assert 60 <= before.completed < count
     process, url = start_process(tmp_path)
     try:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            before = client.batches.retrieve(batch.id)
-            assert before.request_counts is not None
-            assert 60 <= before.request_counts.completed < count
             done = finished(client, batch.id)
             assert done.request_counts is not None
             assert done.request_counts.model_dump() == {"total": count, "completed": count, "failed": 0}
@@ -264,7 +283,7 @@ def test_kill_9_in_the_middle(tmp_path: Path) -> None:
             assert [entry["custom_id"] for entry in output] == [f"id {i}" for i in range(count)]
             metrics = httpx.get(f"{url}/metrics").text
             here = float(metrics.split('cde_batch_lines_total{outcome="completed"} ')[1].split()[0])
-            assert here == count - before.request_counts.completed
+            assert here == count - before.completed
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

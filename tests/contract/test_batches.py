@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from app.batches.lines import LineTooLong, checked, numbered
 from app.errors import StoreError
@@ -15,7 +15,7 @@ from app.stores.batch_tables import files as file_table
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged
-from app.stores.files import CHUNK_BYTES, SqlFileStore
+from app.stores.files import CHUNK_BYTES, PARTIAL_SECONDS, SqlFileStore
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_lines_run_alone_are_counted(store: SqlBatchStore) -> None:
 
 
 def test_files_expire(store: SqlBatchStore, files: SqlFileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = files.add("", "kept", "batch", lambda: [b"x"])
-    brief = files.add("", "brief", "batch", lambda: [b"y"], seconds=3600)
-    read = files.add("", "read", "batch", lambda: [b"z"], seconds=3600)
+    kept = files.add("", "kept", "batch", [b"x"])
+    brief = files.add("", "brief", "batch", [b"y"], seconds=3600)
+    read = files.add("", "read", "batch", [b"z"], seconds=3600)
     assert brief.expires_at == brief.created_at + 3600
     assert store.add(BatchInfo("batch_1", "", "/v1/embeddings", read.id, "24h", 7, output_seconds=7200))
     assert not files.delete_expired()
@@ -175,6 +175,47 @@ def test_namespaces_whose_batches_are_not_run_go_first(store: SqlBatchStore) -> 
     assert [batch.id for batch in claimed if batch is not None] == ["a1", "b1", "c1", "a2", "a3", "a4"]
 
 
+def test_of_namespaces_with_as_many_running_the_one_that_waited_longest_goes_first(
+    store: SqlBatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        add(store, name, name)
+    now, turns = time.time(), []
+    for i in range(6):
+        monkeypatch.setattr(time, "time", lambda i=i: now + i)
+        claimed = store.claim("me")
+        assert claimed is not None
+        turns.append(claimed.id)
+        store.release(["me"])
+    assert turns == ["a", "b", "c"] * 2
+
+
+def test_a_namespace_that_has_more_than_its_share_is_told(store: SqlBatchStore) -> None:
+    for i in range(3):
+        add(store, f"a{i}", "a")
+        assert store.claim(f"runner {i}") is not None
+    add(store, "a3", "a")
+    assert not store.is_crowded("runner 0", "a", by=1), "its own may wait"
+    add(store, "b0", "b")
+    assert store.is_crowded("runner 0", "a", by=2)
+    assert store.claim("runner 3") is not None
+    assert not store.is_crowded("runner 3", "b", by=1)
+    add(store, "b1", "b")
+    assert store.is_crowded("runner 0", "a", by=2)
+    assert not store.is_crowded("runner 3", "b", by=1)
+    store.release(["runner 2"])
+    assert store.is_crowded("runner 0", "a", by=1)
+    assert not store.is_crowded("runner 0", "a", by=2)
+
+
+def test_unfinished_batches_are_counted_by_namespace(store: SqlBatchStore) -> None:
+    for name, namespace in (("a", "x"), ("b", "x"), ("c", "y")):
+        add(store, name, namespace)
+    assert [store.unfinished(namespace) for namespace in ("x", "y", "z")] == [2, 1, 0]
+    store.cancel("x", "a")
+    assert store.unfinished("x") == 1
+
+
 def test_a_batch_of_a_file_that_is_gone_is_not_taken_in(store: SqlBatchStore, files: SqlFileStore) -> None:
     assert files.delete("", "file-1")
     assert not store.add(BatchInfo("batch_1", "", "/v1/embeddings", "file-1", "24h", 7))
@@ -208,7 +249,7 @@ def test_a_refused_input(store: SqlBatchStore) -> None:
 def test_pages(store: SqlBatchStore, files: SqlFileStore) -> None:
     for i in range(5):
         add(store, f"batch_{i}", "mine")
-        files.add("mine", f"f{i}", "batch", lambda: [b"x"])
+        files.add("mine", f"f{i}", "batch", [b"x"])
     seen: list[str] = []
     after, more = None, True
     while more:
@@ -227,7 +268,7 @@ def test_pages(store: SqlBatchStore, files: SqlFileStore) -> None:
 def test_files_of_any_size(files: SqlFileStore) -> None:
     for size in (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 5):
         content = bytes(i % 251 for i in range(size))
-        info = files.add("", "name", "batch", lambda content=content: [content[:7], content[7:]])  # type: ignore[misc]
+        info = files.add("", "name", "batch", [content[:7], content[7:]])
         assert info.bytes == size
         assert b"".join(files.chunks(info.id)) == content
         assert files.delete("other", info.id) is None
@@ -241,14 +282,44 @@ def test_a_file_that_breaks_off_is_not_there(files: SqlFileStore) -> None:
         raise ValueError("the client has gone")
 
     with pytest.raises(ValueError, match="gone"):
-        files.add("", "name", "batch", broken)
+        files.add("", "name", "batch", broken())
     listed = files.list("", purpose=None, after=None, limit=9, newest_first=True)
     assert listed is not None
     assert listed.items == []
 
 
+def test_a_file_is_not_there_before_it_is_whole_and_others_write_meanwhile(
+    store: SqlBatchStore, files: SqlFileStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content() -> Iterator[bytes]:
+        for i in range(3):
+            yield b"x" * CHUNK_BYTES
+            listed = files.list("mine", purpose=None, after=None, limit=9, newest_first=True)
+            assert listed is not None
+            assert listed.items == []
+            add(store, f"batch_{i}")
+
+    info = files.add("mine", "name", "batch", content())
+    assert files.get("mine", info.id) == info
+
+    def killed() -> Iterator[bytes]:
+        yield b"x" * CHUNK_BYTES
+        monkeypatch.setattr(database, "write", None)  # so that it cannot tidy up
+        raise SystemExit
+
+    with pytest.raises(TypeError):
+        files.add("mine", "name", "batch", killed())
+    monkeypatch.undo()
+    assert not files.delete_expired()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + PARTIAL_SECONDS + 1)
+    assert [files.delete_expired() for _ in range(2)] == [True, False]
+    with database.reading() as connection:
+        assert set(connection.scalars(select(file_chunks.c.file_id))) == {info.id}
+
+
 def test_a_file_in_use_stays(store: SqlBatchStore, files: SqlFileStore) -> None:
-    info = files.add("", "name", "batch", lambda: [b"x"])
+    info = files.add("", "name", "batch", [b"x"])
     store.add(BatchInfo("batch_9", "", "/v1/embeddings", info.id, "24h", 7))
     assert files.delete("", info.id) is False
 
@@ -278,6 +349,9 @@ def test_lines_are_numbered_across_chunks() -> None:
         (b"{}\n" + b"x" * 1001, [("missing_required_parameter", 1), ("invalid_json_line", 2)]),
         (b"\n".join(b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{}}' % i for i in range(6)),
          [("too_many_lines", 5)]),
+        (b"\n" * 8 + b'{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}', []),
+        (b"\n" * 9 + b'{"custom_id":"a","method":"POST","url":"/v1/embeddings","body":{}}', [("too_many_lines", 10)]),
+        (b" \n" * 100, [("too_many_lines", 10)]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int | None]]) -> None:
@@ -334,8 +408,8 @@ def test_an_output_of_any_size(store: SqlBatchStore, files: SqlFileStore) -> Non
 
 def test_a_damaged_piece_of_a_file_is_noticed(store: SqlBatchStore, files: SqlFileStore, database: Database) -> None:
     """Where it is read; what is in front of it, and other files, are read."""
-    info = files.add("", "name", "batch", lambda: [b"x" * (CHUNK_BYTES + 1)])
-    other = files.add("", "other", "batch", lambda: [b"y"])
+    info = files.add("", "name", "batch", [b"x" * (CHUNK_BYTES + 1)])
+    other = files.add("", "other", "batch", [b"y"])
     add(store)
     store.claim("me")
     store.record("batch_1", "me", lines(1, 2))

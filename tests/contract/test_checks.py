@@ -39,7 +39,7 @@ def database(url: str) -> Iterator[Database]:
     put(store, "gone", 6)
     store.delete_name(M, "gone")
     batches, files = SqlBatchStore(made), SqlFileStore(made)
-    file = files.add("", "input", "batch", lambda: [b"x" * (CHUNK_BYTES + 1)])
+    file = files.add("", "input", "batch", [b"x" * (CHUNK_BYTES + 1)])
     for name in ("done", "waits"):
         batches.add(BatchInfo(name, "", "/v1/embeddings", file.id, "24h", 7))
     batches.claim("me")

@@ -79,7 +79,15 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         Database(f"sqlite:///{path}")
 
 
-@pytest.mark.parametrize("given", ["postgresql://me:hunter2@127.0.0.1:1/none", "postgres://me:hunter2@127.0.0.1:1/x"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgresql://me:hunter2@127.0.0.1:1/none",
+        "postgres://me:hunter2@127.0.0.1:1/x",
+        "postgresql://127.0.0.1:1/x?user=me&password=hunter2",
+        "postgresql://127.0.0.1:1/x?sslpassword=hunter2",
+    ],
+)
 def test_no_password_in_the_message(given: str) -> None:
     with pytest.raises(StoreError, match="cannot be opened") as raised:
         Database(given)

@@ -3,16 +3,20 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import update
 
+from app.batches import work
 from app.batches.answering import ATTEMPTS
-from app.batches.runner import AT_ONCE, DEADLY, BatchRunner
+from app.batches.runner import AT_ONCE, BatchRunner
 from app.batches.window import WINDOW_BYTES
+from app.batches.work import DEADLY
 from app.errors import OutOfDeviceMemory, QueueFull, ServiceError
 from app.stores.batch_base import BatchInfo, BatchStatus
 from app.stores.batch_tables import batches, file_chunks
@@ -29,20 +33,22 @@ class Bench:
         self.store, self.files = SqlBatchStore(database), SqlFileStore(database)
         self.wake: Callable[[], None] = lambda: None
 
-    def add(self, name: str, lines: int, at: Mapping[int, dict[str, Any]] | None = None, **body: Any) -> None:
+    def add(
+        self, name: str, lines: int, *, at: Mapping[int, dict[str, Any]] | None = None, namespace: str = "", **body: Any
+    ) -> None:
         """`at`: lines with another one."""
         bodies = [(at or {}).get(i, body) for i in range(lines)]
         request = {"method": "POST", "url": "/v1/embeddings"}
         told = (json.dumps({"custom_id": str(i), "body": b} | request) + "\n" for i, b in enumerate(bodies))
         content = "".join(told).encode()
-        file = self.files.add("", name, "batch", lambda: [content])
-        self.store.add(BatchInfo(name, "", "/v1/embeddings", file.id, "24h", int(time.time())))
+        file = self.files.add(namespace, name, "batch", [content])
+        self.store.add(BatchInfo(name, namespace, "/v1/embeddings", file.id, "24h", int(time.time())))
         self.wake()
 
-    async def until(self, name: str, wanted: Callable[[BatchInfo], bool]) -> BatchInfo:
+    async def until(self, name: str, wanted: Callable[[BatchInfo], bool], namespace: str = "") -> BatchInfo:
         async with asyncio.timeout(20):
             while True:
-                info = await asyncio.to_thread(self.store.get, "", name)
+                info = await asyncio.to_thread(self.store.get, namespace, name)
                 assert info is not None
                 if wanted(info):
                     return info
@@ -296,3 +302,37 @@ async def test_a_line_that_ends_the_process_is_found_and_given_up(tmp_path: Path
     assert line["custom_id"] == "70"
     assert "ended unexpectedly" in line["response"]["body"]["given_up"]
     database.close()
+
+
+async def test_a_namespace_with_long_batches_keeps_no_other_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of four gives its place to the second namespace at once, and to a fifth, sixth in their turn; it goes on
+    afterwards, and no line is answered twice."""
+    monkeypatch.setattr(work, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(work, "TURN_SECONDS", 0.3)
+    seen: Counter[str] = Counter()
+    small_done = asyncio.Event()
+
+    async def answer(body: Any, _namespace: str) -> tuple[int, bytes]:
+        if not small_done.is_set():
+            await asyncio.sleep(0.3)
+        seen[json.dumps(body)] += 1
+        return 200, b"{}"
+
+    async with running(tmp_path, answer) as bench:
+        for i in range(AT_ONCE + 2):
+            bench.add(f"long-{i}", 800, long=i, namespace="tenant")
+        for i in range(AT_ONCE):
+            await bench.until(f"long-{i}", lambda info: info.status is BatchStatus.IN_PROGRESS, "tenant")
+        for i in range(AT_ONCE + 2):
+            bench.add(f"small-{i}", 1, small=i, namespace=f"other-{i}")
+        for i in range(AT_ONCE + 2):
+            await bench.until(f"small-{i}", lambda info: info.status is BatchStatus.COMPLETED, f"other-{i}")
+        first = await bench.until("long-0", lambda _: True, "tenant")
+        assert first.status is BatchStatus.IN_PROGRESS, "else this shows nothing"
+        small_done.set()
+        for i in range(AT_ONCE + 2):
+            done = await bench.until(f"long-{i}", lambda info: info.status is BatchStatus.COMPLETED, "tenant")
+            assert (done.completed, done.failed) == (800, 0)
+    assert set(seen.values()) == {1, 800}

@@ -23,7 +23,7 @@ def check_files(connection: Connection, checked: dict[str, int]) -> Iterator[Fin
         if not isinstance(row, RowMapping):
             yield Finding(f"file {seq}", f"Its row cannot be read: {words_of(row) if row else 'it is gone'}.", UPLOAD)
             continue
-        problem = _content_problem(connection, row)
+        problem = None if row["is_partial"] else _content_problem(connection, row)
         if problem is not None:
             yield Finding(f"file {row['id']}", problem, UPLOAD if row["batch_id"] is None else RERUN)
 

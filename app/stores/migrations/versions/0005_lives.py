@@ -14,6 +14,9 @@ def upgrade() -> None:
     op.add_column("batches", sa.Column("alone_tries", sa.Integer, nullable=False, server_default="0"))
     op.add_column("batches", sa.Column("output_seconds", sa.BigInteger))
     op.add_column("files", sa.Column("expires_at", sa.BigInteger))
+    op.add_column("files", sa.Column("is_partial", sa.Boolean))
     op.create_index("ix_files_expires_at", "files", ["expires_at"])
     for table in ("files", "batches"):
         op.create_index(f"ix_{table}_namespace_seq", table, ["namespace", "seq"])
+    op.drop_index("ix_batches_status", "batches")
+    op.create_index("ix_batches_waiting", "batches", ["status", "namespace", "seq"])
