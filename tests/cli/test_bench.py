@@ -46,10 +46,12 @@ def test_variants_are_compared_to_the_reference(family: Family) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_variants_on_a_device() -> None:
+def test_variants_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where no graph is recorded."""
+    monkeypatch.setattr(gpu, "GEMM_ROWS", 528)  # a GPU's size takes half a minute
     variants = ["reference", "float32", "bfloat16", "bfloat16-no-varlen", "frozen"]
-    comparison = GpuComparison(random_checkpoint("v1", layers=2), variants, device=torch.device("cpu"), rounds=1)
+    checkpoint = random_checkpoint("v1", layers=2)
+    comparison = GpuComparison(checkpoint, variants, device=torch.device("cpu"), rounds=1)
     rows = comparison.second_stage(8, batch=2)
     assert [(row.variant, row.batch) for row in rows] == [(variant, 2) for variant in variants]
     reference, exact, rounded, _, frozen = rows
@@ -62,7 +64,10 @@ def test_variants_on_a_device() -> None:
     assert rounded.bound_fraction is not None
     assert frozen.bound_fraction is None
     assert all(row.texts_per_second == pytest.approx(1000 / row.ms_per_text) for row in rows)
-    assert [row.batch for row in comparison.mixed(batch=1) + comparison.first_stage(batch=2)] == [1] * 5 + [2] * 5
+    few = GpuComparison(
+        checkpoint, ["float32", "frozen"], device=torch.device("cpu"), rounds=1
+    )  # bfloat16 is slow here
+    assert [row.batch for row in few.mixed(batch=1) + few.first_stage(batch=2)] == [1] * 2 + [2] * 2
 
 
 def test_a_chain_of_products_is_timed_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,9 +180,9 @@ def run(model, arrays, lengths):
 
 rows = torch.rand(512, 768).numpy()
 model = load_checkpoint(random_checkpoint("v1", layers=2), LoadOptions(dtype="int8", device="cpu"))
-run(model, {DATASET_EMBEDDINGS: rows}, range(25, 57))
+run(model, {DATASET_EMBEDDINGS: rows}, range(25, 57, 4))
 model = load_model("builtin/minilm-context", LoadOptions(dtype="float32", device="cpu")).model
-run(model, {DATASET_EMBEDDINGS: rows[:0, :384], "token_weights": torch.ones(30522).numpy()}, range(1, 257))
+run(model, {DATASET_EMBEDDINGS: rows[:0, :384], "token_weights": torch.ones(30522).numpy()}, range(1, 257, 4))
 """
 
 
@@ -197,7 +197,7 @@ def test_few_shapes_are_compiled() -> None:
         check=True,
     )
     _, *lengths = [part.count("cache_miss") for part in done.stdout.split("LENGTH")]
-    filled, default = lengths[:32], lengths[32:]
+    filled, default = lengths[:8], lengths[8:]
     assert filled[0] > 0
     assert sum(filled[1:]) == 0
     assert 0 < sum(default) <= 64
