@@ -25,6 +25,7 @@ from app.stores.database import Database
 from app.stores.files import SqlFileStore
 from app.stores.sql import SqlContextStore
 from app.telemetry.metrics import BUILD, MODEL
+from app.tokenizer_threads import TokenizerThreads
 from app.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def assemble(
     _say_what_runs(replicas)
     limits, wanted = settings.limits, settings.contexts
     engine = engine_of(settings, replicas, on_fatal)
-    store, threads, builder = SqlContextStore(database), database.threads, ContextBuilder(engine)
+    store, threads, tokenizing = SqlContextStore(database), database.threads, TokenizerThreads()
+    builder = ContextBuilder(engine, tokenizing)
     contexts = Contexts(
         builder,
         store,
@@ -78,7 +80,8 @@ def assemble(
         default_context=wanted.default,
         require_context=wanted.require_context,
     )
-    service = EmbeddingService(registry, contexts, VectorCache(engine, max_bytes=limits.vector_cache_bytes), policy)
+    vectors = VectorCache(engine, max_bytes=limits.vector_cache_bytes)
+    service = EmbeddingService(registry, contexts, vectors, tokenizing, policy)
     batches, files = SqlBatchStore(database), SqlFileStore(database)
     runner = BatchRunner(
         batches,

@@ -25,6 +25,7 @@ from app.payloads import id_of_candidates, id_of_documents
 from app.registry import ServedModel
 from app.selection import Minicorpus, farthest_first, repeated
 from app.telemetry.metrics import FIRST_STAGE_DOCUMENTS
+from app.tokenizer_threads import TokenizerThreads
 
 SLICE = 16
 """Documents of one first-stage submission: small, so that queries pass between them."""
@@ -77,8 +78,9 @@ class _Build:
 class ContextBuilder:
     """Runs first stages on the engine; equal contexts asked for at once are built once. For one event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, threads: TokenizerThreads) -> None:
         self._engine = engine
+        self._threads = threads
         self._building: dict[tuple[str, bool], _Build] = {}  # by model and id, and whether in the background
 
     async def plan(
@@ -87,15 +89,16 @@ class ContextBuilder:
         minicorpus: Minicorpus,
         *,
         param: str,
+        client: str,
         allow_empty: bool = False,
     ) -> Plan:
-        """Tokens and id. Raises InvalidRequest where no document has text."""
+        """Tokens and id. `client`: whose turn it takes. Raises InvalidRequest where no document has text."""
         documents, spec = minicorpus.documents(), served.spec
         if not documents and not allow_empty:
             raise InvalidRequest(f"Invalid '{param}': at least one document with text is needed.", param=param)
-        tokens = await asyncio.to_thread(
-            served.tokenizer.texts, documents, InputType.DOCUMENT, InputType.DOCUMENT, truncate=True
-        )
+        kind = InputType.DOCUMENT
+        pieces = served.tokenizer.texts_in_pieces(documents, kind, kind, truncate=True)
+        tokens = await self._threads.run(pieces, sum(map(len, documents)), client)
         plan = Plan("", documents, tokens, minicorpus.selection, minicorpus.counts(), spec.corpus_size)
         prompt = spec.prompts[InputType.DOCUMENT]
         if plan.is_chosen:

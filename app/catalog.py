@@ -73,7 +73,9 @@ class Catalog:
     ) -> tuple[NewContext, Plan]:
         """What `create` would make. Raises InvalidRequest and its kin."""
         check_name(creation.name)
-        plan = await self._builder.plan(served, minicorpus, param="documents", allow_empty=allow_empty)
+        plan = await self._builder.plan(
+            served, minicorpus, param="documents", client=f"namespace {creation.namespace}", allow_empty=allow_empty
+        )
         spec = served.spec
         exact = spec.corpus_size_is_exact
         new = NewContext(

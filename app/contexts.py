@@ -132,7 +132,7 @@ class Contexts:
         minicorpus = await asyncio.to_thread(
             select, documents, Selection(), spec.corpus_size, max_characters=spec.max_characters
         )
-        plan = await self._builder.plan(served, minicorpus, param="context")
+        plan = await self._builder.plan(served, minicorpus, param="context", client=caller.client)
 
         async def load() -> Payload:
             # By model too: one that is served in two precisions has two first stages.

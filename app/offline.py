@@ -19,6 +19,7 @@ from app.payloads import id_of_arrays
 from app.registry import ServedModel
 from app.selection import Minicorpus, select
 from app.settings import Settings
+from app.tokenizer_threads import TokenizerThreads
 
 CHUNK = 256
 IN_FLIGHT = 3
@@ -101,7 +102,7 @@ class Offline:
         return self.engine.submit(self.served.id, stage, tokens, context)
 
     async def _built(self, minicorpus: Minicorpus, *, allow_empty: bool = False) -> Payload:
-        builder = ContextBuilder(self.engine)
-        plan = await builder.plan(self.served, minicorpus, param="documents", allow_empty=allow_empty)
+        builder = ContextBuilder(self.engine, TokenizerThreads())
+        plan = await builder.plan(self.served, minicorpus, param="documents", client="", allow_empty=allow_empty)
         outcome = await builder.build(self.served, plan)
         return Payload(outcome.id, outcome.arrays)

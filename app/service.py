@@ -17,13 +17,13 @@ from app.errors import (
     FingerprintMismatch,
     InvalidRequest,
     TokenIdsNotAccepted,
-    TooManyTokens,
     UnknownContextNamed,
 )
 from app.registry import ModelChoice, Registry, ServedModel
 from app.telemetry.metrics import count_embeddings
 from app.telemetry.requests import note, part
 from app.token_ids import Cl100k, VocabularyMissing
+from app.tokenizer_threads import TokenizerThreads
 from app.vector_cache import VectorCache
 from app.vectors import finished
 
@@ -62,8 +62,16 @@ class _Resolved:
 class EmbeddingService:
     """Embeds texts under contexts."""
 
-    def __init__(self, registry: Registry, contexts: Contexts, vectors: VectorCache, policy: EmbedPolicy) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        contexts: Contexts,
+        vectors: VectorCache,
+        threads: TokenizerThreads,
+        policy: EmbedPolicy,
+    ) -> None:
         self.registry = registry
+        self.threads = threads
         self._contexts = contexts
         self._vectors = vectors
         self._policy = policy
@@ -90,17 +98,10 @@ class EmbeddingService:
         note(model=served.id)
         dimensions = dimensions_of(served, request.dimensions)
         input_type = input_type_of(choice, request.input_types)
-        truncate = request.truncate or self._policy.truncate
         with part("tokenize"):
-            tokens = await self.tokenize(served, request.texts, request.token_ids, input_type, truncate=truncate)
+            tokens = await self._tokenized(request, served, input_type)
         prompt_tokens = sum(len(text.input_ids) for text in tokens)
         note(inputs=len(tokens), tokens=prompt_tokens)
-        if prompt_tokens > self._policy.max_tokens:
-            raise TooManyTokens(
-                f"Invalid 'input': {prompt_tokens} tokens requested, at most {self._policy.max_tokens} fit in one "
-                f"request. Send fewer texts at a time.",
-                param="input",
-            )
         with part("context"):
             context = await self._context(choice, request)
         note(context_id=context.id)
@@ -131,23 +132,21 @@ class EmbeddingService:
         note(compute_tokens=embeddings.compute_tokens, truncated=len(embeddings.truncated_inputs))
         return embeddings
 
-    async def tokenize(
-        self,
-        served: ServedModel,
-        texts: Sequence[str] | None,
-        token_ids: Sequence[Sequence[int]] | None,
-        input_type: InputType | None,
-        *,
-        truncate: str,
+    async def _tokenized(
+        self, request: EmbedRequest, served: ServedModel, input_type: InputType | None
     ) -> list[TokenizedText]:
-        """Exactly one of `texts` and `token_ids` is given. Raises InvalidRequest and its kin."""
-        default, cut = served.spec.default_input_type, truncate == "end"
-        if texts is None:
-            ids = token_ids or []
-            if self._policy.integers == "model":
-                return await asyncio.to_thread(served.tokenizer.ids, ids, input_type, default, truncate=cut)
-            texts = await self._decoded(ids)
-        return await asyncio.to_thread(served.tokenizer.texts, texts, input_type, default, truncate=cut)
+        """Raises InvalidRequest and its kin."""
+        tokenizer, default, most = served.tokenizer, served.spec.default_input_type, self._policy.max_tokens
+        cut = (request.truncate or self._policy.truncate) == "end"
+        texts, ids = request.texts, request.token_ids or ()
+        if texts is None and self._policy.integers == "model":
+            size = sum(map(len, ids))
+            pieces = tokenizer.ids_in_pieces(ids, input_type, default, truncate=cut, most=most)
+        else:
+            texts = await self._decoded(ids) if texts is None else texts
+            size = sum(map(len, texts))
+            pieces = tokenizer.texts_in_pieces(texts, input_type, default, truncate=cut, most=most)
+        return await self.threads.run(pieces, size, request.caller.client)
 
     async def _decoded(self, ids: Sequence[Sequence[int]]) -> list[str]:
         if self._policy.integers == "reject":

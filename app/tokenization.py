@@ -5,15 +5,20 @@ switched off once and ids are cut here. `encode_batch` releases the GIL.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from copy import copy
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 
 from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
-from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, TooManyTokens
 from app.json_text import without_lone_surrogates
+
+S = TypeVar("S", bound=Sized)
 
 PIECE_CHARACTERS = 2**17
 """Texts go through the tokenizer this much at a time: it takes up to 600 bytes of memory for a character."""
@@ -60,19 +65,39 @@ class TextTokenizer:
 
         Raises ContextLengthExceeded for a text over the max length, unless `truncate`.
         """
+        return list(chain.from_iterable(self.texts_in_pieces(texts, input_type, default, truncate=truncate)))
+
+    def texts_in_pieces(
+        self,
+        texts: Sequence[str],
+        input_type: InputType | None,
+        default: InputType,
+        *,
+        truncate: bool,
+        most: float = math.inf,
+    ) -> Iterator[list[TokenizedText]]:
+        """As `texts`, each piece when it is asked for. Raises TooManyTokens behind the piece with which they are, cut,
+        more than `most` tokens together."""
+        return _within(most, self._texts(texts, input_type, default, truncate=truncate))
+
+    def _texts(
+        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool
+    ) -> Iterator[list[TokenizedText]]:
         limit = self._max_length * CHARACTERS_PER_TOKEN
         too_long = next((i for i, text in enumerate(texts) if len(text) > limit), None)
         if too_long is not None and not truncate:
             raise self._exceeded(f"sent {len(texts[too_long])} characters", f"in input[{too_long}]")
-        read = [text[:limit] for text in texts]
-        return [
-            self._fit(ids, kind, truncate, i, more=len(texts[i]) > limit)
-            for i, (kind, ids) in enumerate(self._encoded(read, input_type, default))
-        ]
+        start = 0
+        for piece in self._encoded([text[:limit] for text in texts], input_type, default):
+            yield [
+                self._fit(ids, kind, truncate, i, more=len(texts[i]) > limit)
+                for i, (kind, ids) in enumerate(piece, start)
+            ]
+            start += len(piece)
 
     def uncut(self, texts: Sequence[str], input_type: InputType | None, default: InputType) -> list[list[int]]:
         """The ids `texts` would give if there were no max length."""
-        return [ids for _, ids in self._encoded(texts, input_type, default)]
+        return [ids for piece in self._encoded(texts, input_type, default) for _, ids in piece]
 
     def ids(
         self, inputs: Sequence[Sequence[int]], input_type: InputType | None, default: InputType, *, truncate: bool
@@ -81,30 +106,48 @@ class TextTokenizer:
 
         Raises InvalidRequest for an id outside the vocabulary, ContextLengthExceeded as `texts` does.
         """
-        kind = input_type or default
+        return list(chain.from_iterable(self.ids_in_pieces(inputs, input_type, default, truncate=truncate)))
+
+    def ids_in_pieces(
+        self,
+        inputs: Sequence[Sequence[int]],
+        input_type: InputType | None,
+        default: InputType,
+        *,
+        truncate: bool,
+        most: float = math.inf,
+    ) -> Iterator[list[TokenizedText]]:
+        """As `ids`, as `texts_in_pieces` is to `texts`."""
+        return _within(most, self._ids(inputs, input_type or default, truncate=truncate))
+
+    def _ids(
+        self, inputs: Sequence[Sequence[int]], kind: InputType, *, truncate: bool
+    ) -> Iterator[list[TokenizedText]]:
         prompt = self._tokenizer.encode(self._prompts.get(kind, ""), add_special_tokens=False).ids
-        out = []
-        for i, given in enumerate(inputs):
-            outside = next((t for t in given if not 0 <= t < self.vocab_size), None)
-            if outside is not None:
-                raise InvalidRequest(
-                    f"Invalid 'input[{i}]': token id {outside} is not in this model's vocabulary of {self.vocab_size}.",
-                    param="input",
-                )
-            framed = len(given) > 1 and given[0] == self._first and given[-1] == self._last
-            ids = list(given) if framed else [self._first, *prompt, *given, self._last]
-            out.append(self._fit(ids, kind, truncate, i))
-        return out
+        start = 0
+        for piece in _pieces(inputs):
+            yield [self._fit(self._framed(ids, prompt, i), kind, truncate, i) for i, ids in enumerate(piece, start)]
+            start += len(piece)
+
+    def _framed(self, given: Sequence[int], prompt: Sequence[int], index: int) -> list[int]:
+        outside = next((t for t in given if not 0 <= t < self.vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(
+                f"Invalid 'input[{index}]': token id {outside} is not in this model's vocabulary of {self.vocab_size}.",
+                param="input",
+            )
+        framed = len(given) > 1 and given[0] == self._first and given[-1] == self._last
+        return list(given) if framed else [self._first, *prompt, *given, self._last]
 
     def _encoded(
         self, texts: Sequence[str], input_type: InputType | None, default: InputType
-    ) -> Iterator[tuple[InputType, list[int]]]:
+    ) -> Iterator[list[tuple[InputType, list[int]]]]:
         for piece in _pieces(texts):
             clean = [without_lone_surrogates(text) for text in piece]
             kinds = [input_type or self._type_in(text) or default for text in clean]
             prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
-            for kind, encoding in zip(kinds, self._tokenizer.encode_batch(prompted), strict=True):
-                yield kind, encoding.ids
+            encoded = self._tokenizer.encode_batch(prompted)
+            yield [(kind, encoding.ids) for kind, encoding in zip(kinds, encoded, strict=True)]
 
     def _type_in(self, text: str) -> InputType | None:
         return next((kind for kind, prompt in self._prompts.items() if text.startswith(prompt)), None)
@@ -132,8 +175,22 @@ class TextTokenizer:
         )
 
 
-def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Runs of texts of PIECE_CHARACTERS together, or single ones that are longer."""
+def _within(most: float, pieces: Iterator[list[TokenizedText]]) -> Iterator[list[TokenizedText]]:
+    """The pieces, as long as they are of at most so many tokens together."""
+    tokens = 0
+    for piece in pieces:
+        tokens += sum(len(text.input_ids) for text in piece)
+        if tokens > most:
+            raise TooManyTokens(
+                f"Invalid 'input': at least {tokens} tokens requested, at most {most} fit in one request. Send fewer "
+                f"texts at a time.",
+                param="input",
+            )
+        yield piece
+
+
+def _pieces(texts: Sequence[S]) -> Iterator[Sequence[S]]:
+    """Runs of texts, or lists of ids, of PIECE_CHARACTERS together, or single ones that are longer."""
     start, size = 0, 0
     for end, text in enumerate(texts):
         if end > start and size + len(text) > PIECE_CHARACTERS:

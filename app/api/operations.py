@@ -1,6 +1,7 @@
 """Models, health, metrics, and what the tokenizer sees."""
 
 import asyncio
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -11,7 +12,16 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from app.api.auth import AnyKey, CanEmbed
 from app.api.body import json_body
-from app.api.dependencies import CatalogOf, ContextsOf, Namespace, RegistryOf, SettingsOf, admitted, lifecycle
+from app.api.dependencies import (
+    CatalogOf,
+    ContextsOf,
+    Embedder,
+    Namespace,
+    RegistryOf,
+    SettingsOf,
+    admitted,
+    lifecycle,
+)
 from app.api.openapi import takes
 from app.api.schemas import ORJSONResponse, TokenizeRequest, model_body
 from app.context_refs import parse_ref
@@ -135,7 +145,9 @@ def _model_info(names: tuple[str, ...], spec: ModelSpec) -> dict[str, Any]:
 async def tokenize(
     _key: CanEmbed,
     registry: RegistryOf,
+    service: Embedder,
     settings: SettingsOf,
+    namespace: Namespace,
     body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))],
 ) -> Response:
     """Token ids, tokens and counts as the model sees them: prompt and special tokens in, nothing cut."""
@@ -148,13 +160,14 @@ async def tokenize(
         raise TooManyTokens(f"Invalid 'input': {characters} characters, at most {most} are shown.", param="input")
     kind = InputType(body.input_type) if body.input_type else None
 
-    def render() -> bytes:
+    def render() -> Iterator[list[bytes]]:
         id_lists = model.tokenizer.uncut(texts, kind, model.spec.default_input_type)
         data = [
             orjson.dumps({"index": i, "input_ids": ids, "tokens": model.tokenizer.tokens(ids), "count": len(ids)})
             for i, ids in enumerate(id_lists)
         ]
         rest = orjson.dumps({"model": model.id, "max_input_tokens": model.spec.max_length})
-        return b'{"object":"list","data":[' + b",".join(data) + b"]," + rest[1:]
+        yield [b'{"object":"list","data":[' + b",".join(data) + b"]," + rest[1:]]
 
-    return Response(await asyncio.to_thread(render), media_type="application/json")
+    (content,) = await service.threads.run(render(), characters, f"namespace {namespace}")
+    return Response(content, media_type="application/json")

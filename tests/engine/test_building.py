@@ -12,6 +12,7 @@ from app.building import ContextBuilder, Plan
 from app.domain import ANYBODY, DATASET_EMBEDDINGS, DocumentCounts, Lane, Selection, Stage
 from app.registry import ServedModel
 from app.tokenization import TextTokenizer
+from app.tokenizer_threads import TokenizerThreads
 from tests.engine.stub import StubModel, context, text
 from tests.engine.test_engine import Gate, engine_of
 
@@ -27,7 +28,10 @@ async def test_a_build_in_the_background_goes_last_and_is_not_joined() -> None:
     gate = Gate()
     model = StubModel(gate)
     engine = engine_of(model)
-    builder, served = ContextBuilder(engine), ServedModel(("stub",), model, cast(TextTokenizer, None))
+    builder, served = (
+        ContextBuilder(engine, TokenizerThreads()),
+        ServedModel(("stub",), model, cast(TextTokenizer, None)),
+    )
     plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection(), DocumentCounts(), 2)
     running = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
     await asyncio.to_thread(gate.entered.wait, 10)
@@ -49,7 +53,10 @@ async def test_who_asks_as_the_last_one_leaves_gets_a_build_of_their_own(passes:
     gate = Gate()
     model = StubModel(gate)
     engine = engine_of(model)
-    builder, served = ContextBuilder(engine), ServedModel(("stub",), model, cast(TextTokenizer, None))
+    builder, served = (
+        ContextBuilder(engine, TokenizerThreads()),
+        ServedModel(("stub",), model, cast(TextTokenizer, None)),
+    )
     plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection("first"), DocumentCounts(), 2)
     leaving = asyncio.create_task(builder.build(served, plan, caller=ANYBODY))
     await asyncio.to_thread(gate.entered.wait, 10)

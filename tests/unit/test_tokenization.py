@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
-from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, TooManyTokens
 from app.tokenization import PIECE_CHARACTERS, TextTokenizer, _pieces
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -199,6 +199,31 @@ def test_many_texts_go_through_in_pieces(golden: str) -> None:
     assert sum(map(len, texts)) > 2 * PIECE_CHARACTERS
     together = tokenizer(golden).texts(texts, DOCUMENT, NONE, truncate=True)
     assert together == [one(golden, text, DOCUMENT) for text in texts]
+
+
+@both
+def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
+    """Tokens count as they are cut, and the first piece that is too much is the last one."""
+    limited, texts = tokenizer(golden, 16), ["rye " * 250] * 2000
+    cut = limited.texts_in_pieces(texts, NONE, NONE, truncate=True, most=16 * 2000)
+    assert sum(map(len, cut)) == 2000
+    for most, whole in ((16 * 2000 - 1, 15), (16 * 300, 2), (15, 0)):
+        pieces = limited.texts_in_pieces(texts, NONE, NONE, truncate=True, most=most)
+        seen = [len(next(pieces)) for _ in range(whole)]
+        assert 16 * sum(seen) <= most
+        with pytest.raises(TooManyTokens, match=f"at most {most} fit in one request") as refused:
+            next(pieces)
+        assert refused.value.param == "input"
+
+
+@both
+def test_ids_of_too_many_tokens(golden: str) -> None:
+    limited, inputs = tokenizer(golden, 16), [list(range(9, 509)) * 2] * 500
+    found = list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500))
+    assert [text for piece in found for text in piece] == limited.ids(inputs, NONE, NONE, truncate=True)
+    assert len(found) > 1
+    with pytest.raises(TooManyTokens):
+        list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500 - 1))
 
 
 @both
