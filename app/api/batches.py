@@ -52,9 +52,8 @@ class LineAnswers:
         try:
             lenient = self._settings.server.unknown_parameters == "ignore"
             body = validated(EmbeddingsRequest, raw, ignore_unknown=lenient)
-            request = request_of(
-                body, self._settings.limits, namespace=namespace, caller=Caller(client=namespace, background=True)
-            )
+            caller = Caller(client=f"namespace {namespace}", background=True)
+            request = request_of(body, self._settings.limits, namespace=namespace, caller=caller)
             embeddings = await self._service.embed(request)
             return 200, await asyncio.to_thread(embeddings_body, embeddings, body.encoding_format)
         except RetryableError:

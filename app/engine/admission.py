@@ -13,6 +13,10 @@ FIRST_GUESS = 2_000.0
 FORGETTING = 0.2
 BULK_SHARE = 0.9
 """Of the queue; the rest is for few texts."""
+CLIENT_SHARE = 0.75
+"""Of the room that others leave, what one client may hold, so that there is always some for one that holds nothing (as
+the dynamic thresholds of shared-memory switches, Choudhury and Hahne, 1998): of n clients that ask for more, each has
+3 parts of 3 n + 1."""
 HOPELESS = 2.0
 """An estimate that is over the deadline by this factor is believed."""
 
@@ -57,8 +61,7 @@ class Admission:
                 f"{self._queue_tokens}. Send fewer texts at a time.",
                 param="input",
             )
-        held, room = self._room(lane)
-        over = held + cost - room if held else 0
+        over = self._over(lane, cost, caller.client)
         queue = self._waiting.lanes[lane]
         others_go_on = queue.ahead_if_others_go_on(caller.client)
         turn = self._until_run(lane, max(queue.ahead(caller.client, costs[0]), others_go_on), now)
@@ -75,6 +78,17 @@ class Admission:
                 f"(x-timeout-ms, or the server's default). Please try again later, or allow more time.",
                 retry_after=turn,
             )
+
+    def _over(self, lane: Lane, cost: int, client: str) -> float:
+        """Tokens that have to go before so many further ones of a client may wait; where nothing waits, none."""
+        held, room = self._room(lane)
+        if not held:
+            return 0
+        if not client:  # nobody in particular: the process itself
+            return held + cost - room
+        lanes = (lane,) if lane is Lane.BACKGROUND else (Lane.INTERACTIVE, Lane.BULK)
+        own = self._waiting.tokens_of(client, *lanes)
+        return own + cost - CLIENT_SHARE * (room - (held - own))
 
     def _room(self, lane: Lane) -> tuple[int, float]:
         """Tokens that take up the room a newcomer needs, and that room."""

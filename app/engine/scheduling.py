@@ -55,6 +55,10 @@ class LaneQueue:
     def is_due(self, now: float) -> bool:
         return self.jobs > 0 and self.passed_over >= self.patience(now)
 
+    def tokens_of(self, client: str) -> int:
+        """What it has here."""
+        return self._clients[client]
+
     def ahead(self, client: str, cost: int) -> int:
         """Tokens that run before `cost` further ones of a client are through, these left out: what it has here, and of
         every other client as much, if it has so much."""
@@ -156,6 +160,10 @@ class WaitingJobs:
     def tokens(self, *lanes: Lane) -> int:
         """Tokens as computed that wait in these lanes."""
         return sum(self.lanes[lane].tokens for lane in lanes)
+
+    def tokens_of(self, client: str, *lanes: Lane) -> int:
+        """Those of one client."""
+        return sum(self.lanes[lane].tokens_of(client) for lane in lanes)
 
     def interactive_share(self, now: float) -> float:
         """Of all batches, the part that goes to the interactive lane if it has enough for them."""

@@ -1,6 +1,10 @@
 """Room in the queue and estimates of time, as tables."""
 
+from contextlib import suppress
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.domain import ANYBODY, Caller, Lane, Stage
 from app.engine.admission import Admission
@@ -58,6 +62,68 @@ def test_room(admission: Admission, lane: Lane, cost: int, fits: bool) -> None:
     else:
         with pytest.raises(QueueFull):
             admission.check(lane, [cost], ANYBODY, NOW)
+
+
+@pytest.mark.parametrize(
+    ("admission", "lane", "cost", "fits"),
+    [
+        (desk(), Lane.INTERACTIVE, 1000, True),  # where nobody waits it is as without shares
+        (desk((Lane.INTERACTIVE, 500, "a")), Lane.INTERACTIVE, 250, True),
+        (desk((Lane.INTERACTIVE, 500, "a")), Lane.INTERACTIVE, 251, False),  # three quarters are enough for one
+        (desk((Lane.INTERACTIVE, 750, "b")), Lane.INTERACTIVE, 187, True),  # of what is left as well
+        (desk((Lane.INTERACTIVE, 750, "b")), Lane.INTERACTIVE, 188, False),
+        (desk((Lane.INTERACTIVE, 200, "a"), (Lane.BULK, 400, "b")), Lane.INTERACTIVE, 250, True),
+        (desk((Lane.INTERACTIVE, 200, "a"), (Lane.BULK, 400, "b")), Lane.INTERACTIVE, 251, False),
+        (desk((Lane.INTERACTIVE, 200, "a"), (Lane.BULK, 500, "b")), Lane.BULK, 100, True),
+        (desk((Lane.INTERACTIVE, 200, "a"), (Lane.BULK, 500, "b")), Lane.BULK, 101, False),  # of nine tenths
+        (desk(running=200), Lane.INTERACTIVE, 601, False),
+        (desk((Lane.BULK, 700, "a")), Lane.BACKGROUND, 1000, True),
+        (desk((Lane.BACKGROUND, 700, "a")), Lane.BACKGROUND, 51, False),
+    ],
+)
+def test_shares_of_the_room(admission: Admission, lane: Lane, cost: int, fits: bool) -> None:
+    if fits:
+        admission.check(lane, [cost], Caller("a"), NOW)
+    else:
+        with pytest.raises(QueueFull):
+            admission.check(lane, [cost], Caller("a"), NOW)
+
+
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from([Lane.INTERACTIVE, Lane.BULK]), st.integers(1, 900)),
+        max_size=60,
+    )
+)
+def test_there_is_always_room_for_who_holds_nothing(asked: list[tuple[str, Lane, int]]) -> None:
+    """Whatever others ask for, in whichever order: each leaves a quarter of what it found."""
+    queue = WaitingJobs()
+    admission = Admission(queue, queue_tokens=1000, queue_seconds=0.0, workers=2)
+    queue.add(one(Lane.INTERACTIVE, 1, "first"))  # alone a request of any size would fit
+    for client, lane, cost in asked:
+        try:
+            admission.check(lane, [cost], Caller(client), NOW)
+        except QueueFull:
+            continue
+        queue.add(one(lane, cost, client))
+    left = 1000 - queue.tokens(Lane.INTERACTIVE, Lane.BULK)
+    assert left >= 999 / 4 ** len({client for client, _, _ in asked})
+    admission.check(Lane.INTERACTIVE, [int(0.75 * left)], Caller("new"), NOW)
+
+
+def test_clients_that_ask_for_all_of_it_end_with_equal_shares() -> None:
+    """The first one has filled its share; as what waits is computed, in turns, the others come to as much."""
+    queue = WaitingJobs()
+    admission = Admission(queue, queue_tokens=10_000, queue_seconds=0.0, workers=2)
+    for clients in (["a"], ["a", "b", "c"]):
+        for _ in range(2000):
+            for client in clients:
+                with suppress(QueueFull):
+                    admission.check(Lane.INTERACTIVE, [20], Caller(client), NOW)
+                    queue.add(one(Lane.INTERACTIVE, 20, client))
+            queue.next_batch(40, NOW)
+    held = [queue.tokens_of(client, Lane.INTERACTIVE) for client in "abc"]
+    assert held == pytest.approx([3000] * 3, abs=100)
 
 
 def test_a_refusal_says_when_there_will_be_room() -> None:

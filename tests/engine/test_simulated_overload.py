@@ -33,6 +33,8 @@ class Overload:
     seconds: float = 60.0
     sizes: tuple[int, ...] = SIZES
     seed: int = 0
+    queue_tokens: int = 10**9
+    queue_seconds: float = QUEUE_SECONDS
     turns: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     """The longest that a request waited for its first text to run."""
     ends: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
@@ -42,8 +44,10 @@ class Overload:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
-        self._waiting = WaitingJobs(late_seconds=QUEUE_SECONDS)
-        self._admission = Admission(self._waiting, queue_tokens=10**9, queue_seconds=QUEUE_SECONDS, workers=WORKERS)
+        self._waiting = WaitingJobs(late_seconds=self.queue_seconds)
+        self._admission = Admission(
+            self._waiting, queue_tokens=self.queue_tokens, queue_seconds=self.queue_seconds, workers=WORKERS
+        )
         self._free = WORKERS
 
     def run(self) -> "Overload":
@@ -132,4 +136,11 @@ def test_clients_that_ask_for_unequal_parts_have_equal_ones() -> None:
 
 def test_who_asks_for_less_than_its_share_is_not_refused() -> None:
     seen = Overload({"a": 15, "b": 1}, 4, sizes=(1, 2, 3, 8)).run()  # b: a quarter of the device
+    assert seen.part("b") == 1
+
+
+def test_who_fills_the_queue_leaves_others_room_in_it() -> None:
+    """Where the room is what is short, and not the time."""
+    seen = Overload({"a": 15, "b": 1}, 4, sizes=(1, 2, 3, 8), queue_tokens=100_000, queue_seconds=600).run()
+    assert seen.part("a") < 0.4
     assert seen.part("b") == 1
