@@ -9,6 +9,7 @@ import numpy as np
 from app.domain import (
     BACKGROUND,
     DATASET_EMBEDDINGS,
+    SHARED,
     Arrays,
     Caller,
     DocumentCounts,
@@ -67,6 +68,10 @@ class Outcome:
     counts: DocumentCounts
 
 
+_Key = tuple[str, str, str, bool]
+"""Of a first stage under way: namespace, model, id, and whether it is in the background."""
+
+
 @dataclass(eq=False, slots=True)
 class _Build:
     """A first stage under way, and how many wait for it."""
@@ -76,12 +81,13 @@ class _Build:
 
 
 class ContextBuilder:
-    """Runs first stages on the engine; equal contexts asked for at once are built once. For one event loop."""
+    """Runs first stages on the engine; equal contexts that a namespace asks for at once are built once. For one event
+    loop."""
 
     def __init__(self, engine: Engine, threads: TokenizerThreads) -> None:
         self._engine = engine
         self._threads = threads
-        self._building: dict[tuple[str, bool], _Build] = {}  # by model and id, and whether in the background
+        self._building: dict[_Key, _Build] = {}
 
     async def plan(
         self,
@@ -114,9 +120,11 @@ class ContextBuilder:
         plan: Plan,
         progress: Progress = lambda _: None,
         caller: Caller = BACKGROUND,
+        *,
+        namespace: str = SHARED,
     ) -> Outcome:
-        """The first stage over all documents; one that is waited for never waits for one in the background. It ends
-        when nobody waits for it any more.
+        """The first stage over all documents for this namespace. One that is waited for never waits for one in the
+        background. It ends when nobody waits for it any more.
 
         Raises FirstStageUnavailable, and what the engine raises."""
         if not served.spec.has_first_stage:
@@ -128,8 +136,8 @@ class ContextBuilder:
         known: Mapping[TokenizedText, FloatArray] = {}
         if not plan.is_chosen:
             plan, known = await self._diverse(served, plan, progress, caller)
-        own = f"{served.id} {plan.id}"  # one that is served in two precisions has two first stages
-        key = (own, caller.background and (own, False) not in self._building)
+        own = (namespace, served.id, plan.id)  # one that is served in two precisions has two first stages
+        key = (*own, caller.background and (*own, False) not in self._building)
         build = self._building.get(key)
         if build is None:
             whole = replace(caller, deadline=None)  # others may join, and wait longer
@@ -138,7 +146,7 @@ class ContextBuilder:
             build.task.add_done_callback(lambda _: self._over(key, build))
         return Outcome(plan.id, await self._awaited(key, build), plan.documents, plan.selection, plan.counts)
 
-    async def _awaited(self, key: tuple[str, bool], build: _Build) -> Arrays:
+    async def _awaited(self, key: _Key, build: _Build) -> Arrays:
         build.waiting += 1
         try:
             return await asyncio.shield(build.task)
@@ -148,7 +156,7 @@ class ContextBuilder:
                 self._over(key, build)  # first: nobody may join what is cancelled
                 build.task.cancel()  # nothing, where it is done
 
-    def _over(self, key: tuple[str, bool], build: _Build) -> None:
+    def _over(self, key: _Key, build: _Build) -> None:
         if self._building.get(key) is build:
             del self._building[key]
 

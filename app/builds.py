@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from app.building import ContextBuilder, Outcome, Plan
-from app.domain import ContextInfo, ContextRef, ContextStatus
+from app.domain import Caller, ContextInfo, ContextRef, ContextStatus
 from app.errors import ContextNotFound, InvalidRequest, ServerFault, ServiceError, ShuttingDown, StoreError
 from app.registry import ServedModel
 from app.stores.base import Begun, Built, ContextStore, NewContext
@@ -124,7 +124,8 @@ class Builds:
         def progress(documents: int) -> None:
             done[0] = documents
 
-        return await self._builder.build(served, plan, progress)
+        caller = Caller(f"namespace {info.space.namespace}", background=True)
+        return await self._builder.build(served, plan, progress, caller, namespace=info.space.namespace)
 
     async def _beat(self, info: ContextInfo, builder: str, done: list[int]) -> None:
         while True:

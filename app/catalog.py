@@ -8,7 +8,7 @@ from importlib.resources import files
 from app.building import ContextBuilder, Plan
 from app.builds import Builds
 from app.context_refs import check_name
-from app.contexts import Contexts, check_completed
+from app.contexts import Contexts, check_completed, key_of
 from app.domain import (
     DATASET_EMBEDDINGS,
     DEFAULT_CONTEXT,
@@ -124,7 +124,7 @@ class Catalog:
         )
         info, created = await self._threads.write(self._store.put, new, arrays)
         self._contexts.forget(new.space, name=new.name)
-        self._contexts.keep(Payload(info.id, arrays))
+        self._contexts.keep(Payload(key_of(creation.namespace, info.id), arrays))
         return info, created
 
     async def get(self, space: Space, ref: ContextRef) -> ContextInfo:

@@ -38,8 +38,9 @@ class InlineContext:
 
 
 class Contexts:
-    """Resolves contexts for one process, by way of caches: what is in them is served while the store is away.
-    Coroutines run on one event loop; the store in threads."""
+    """Resolves contexts for one process, by way of caches: what is in them is served while the store is away. A
+    namespace finds nothing in them that another one has used, but for the shared default. Coroutines run on one event
+    loop; the store in threads."""
 
     def __init__(
         self,
@@ -117,16 +118,18 @@ class Contexts:
 
     async def _payload(self, info: ContextInfo) -> Payload | None:
         """None: the store has none."""
-        payload = self._payloads.get(info.id)
+        payload = self._payloads.get(key_of(info.space.namespace, info.id))
         source = "resident" if payload else "loaded"
         if payload is None:
             arrays = await self._threads.read(self._store.arrays, info.id)
-            payload = None if arrays is None else self.keep(Payload(info.id, arrays))
+            payload = None if arrays is None else self.keep(Payload(key_of(info.space.namespace, info.id), arrays))
         if payload is not None:
             CONTEXT_USES.labels(source).inc()
         return payload
 
-    async def inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> InlineContext:
+    async def inline(
+        self, served: ServedModel, documents: Sequence[str], caller: Caller, namespace: str
+    ) -> InlineContext:
         """Documents sent with a request; they go through the first stage once and are then kept by content."""
         spec = served.spec
         minicorpus = await asyncio.to_thread(
@@ -136,12 +139,12 @@ class Contexts:
 
         async def load() -> Payload:
             # By model too: one that is served in two precisions has two first stages.
-            key = f"{served.id} {plan.id}"
+            key = f"{served.id} {key_of(namespace, plan.id)}"
             payload = self._payloads.get(key)
             source = "resident" if payload else "built"
             if payload is None:
-                outcome = await self._builder.build(served, plan, caller=caller)
-                payload = self.keep(Payload(outcome.id, outcome.arrays), key)
+                outcome = await self._builder.build(served, plan, namespace=namespace, caller=caller)
+                payload = self.keep(Payload(key_of(namespace, outcome.id), outcome.arrays), key)
             CONTEXT_USES.labels(source).inc()
             return payload
 
@@ -161,7 +164,7 @@ class Contexts:
             )
 
     def keep(self, payload: Payload, key: str | None = None) -> Payload:
-        """In memory, while there is room; by its content's id, or another key."""
+        """In memory, while there is room; by its own key, or another one."""
         if self._payloads.getsizeof(payload) <= self._payloads.maxsize:
             self._payloads[key or payload.key] = payload
             CONTEXTS_RESIDENT.set(len(self._payloads))
@@ -175,6 +178,12 @@ class _Resident(LRUCache[str, Payload]):
     def popitem(self) -> tuple[str, Payload]:
         CONTEXT_EVICTIONS.inc()
         return super().popitem()
+
+
+def key_of(namespace: str, context_id: str) -> str:
+    """Of a payload: each namespace has its own, in memory and on the devices, so that none of them sees by the time
+    that an answer takes what another one holds."""
+    return f"{namespace} {context_id}"
 
 
 def _where_to_look(ref: ContextRef) -> str:

@@ -187,7 +187,7 @@ class ContextRef:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A context as the engine takes it: its arrays, under a key that names their content."""
+    """A context as the engine takes it: its arrays, under a key that names their content and whose it is."""
 
     key: str
     arrays: Arrays

@@ -115,7 +115,7 @@ class EmbeddingService:
         with part("context"):
             payload = await context.load()
         with part("compute"):
-            raw = await self._vectors.embed(served, tokens, payload, request.caller)
+            raw = await self._vectors.embed(served, tokens, payload, request.caller, request.namespace)
         embeddings = Embeddings(
             vectors=finished(raw, dimensions, normalize=request.normalize),
             prompt_tokens=prompt_tokens,
@@ -174,7 +174,9 @@ class EmbeddingService:
                     f"Documents came in 'context', and {quoted(sources)} names a stored context. Send one of them.",
                     param="context",
                 )
-            inline = await self._contexts.inline(choice.served, request.inline_documents, request.caller)
+            inline = await self._contexts.inline(
+                choice.served, request.inline_documents, request.caller, request.namespace
+            )
             return _Resolved(inline.id, inline.load, None)
         text = agreed("context", sources)
         if text is None:

@@ -1,7 +1,8 @@
 """Vectors that were computed before are not computed again, nor ones that are being computed.
 
 Contexts are immutable, so model, context, input type and token ids decide a vector: a cache of it is never wrong. Rows
-are kept raw, before `dimensions` and normalisation, so that all answers share them.
+are kept raw, before `dimensions` and normalisation, so that all answers share them; but no namespace's answers share
+another's, as the time that an answer takes would tell who has embedded what.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from cachetools import LRUCache
 
-from app.domain import ANYBODY, Caller, FloatArray, Payload, Stage, TokenizedText
+from app.domain import ANYBODY, SHARED, Caller, FloatArray, Payload, Stage, TokenizedText
 from app.engine.batching import Timing
 from app.engine.engine import Engine
 from app.errors import ServiceError
@@ -55,15 +56,16 @@ class VectorCache:
         texts: Sequence[TokenizedText],
         context: Payload,
         caller: Caller = ANYBODY,
+        namespace: str = SHARED,
     ) -> FloatArray:
-        """Raw vectors (n, hidden_size) float32, in order.
+        """Raw vectors (n, hidden_size) float32, in order. `namespace`: of whose earlier texts they may be.
 
         Raises what Engine.submit and its future raise.
         """
         if len(texts) <= FEW:
-            keys = _keys(served.id, context.key, texts)
+            keys = _keys(namespace, served.id, context.key, texts)
         else:
-            keys = await asyncio.to_thread(_keys, served.id, context.key, texts)
+            keys = await asyncio.to_thread(_keys, namespace, served.id, context.key, texts)
         out = np.empty((len(texts), served.spec.hidden_size), np.float32)
         missing: dict[Key, TokenizedText] = {}
         flights: dict[Key, tuple[_Flight, int]] = {}
@@ -167,8 +169,8 @@ def _size(row: FloatArray) -> int:
     return row.nbytes + OVERHEAD
 
 
-def _keys(model_id: str, context_key: str, texts: Sequence[TokenizedText]) -> list[Key]:
-    space = hashlib.blake2b(f"{model_id}\0{context_key}\0".encode(), digest_size=16)
+def _keys(namespace: str, model_id: str, context_key: str, texts: Sequence[TokenizedText]) -> list[Key]:
+    space = hashlib.blake2b(f"{namespace}\0{model_id}\0{context_key}\0".encode(), digest_size=16)
     keys = []
     for text in texts:
         digest = space.copy()

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, RowMapping, Select, and_, case, or_, selec
 from app.domain import ContextInfo, ContextRef, ContextStatus, DocumentCounts, Selection, Space
 from app.stores.base import LEASE_SECONDS, NewContext
 from app.stores.errors import StoreDamaged
-from app.stores.tables import names, payloads, versions
+from app.stores.tables import names, versions
 
 ABANDONED = "The server that was building it has stopped. Create it again."
 
@@ -99,12 +99,7 @@ def current() -> Select[Any]:
     same = and_(
         names.c.namespace == versions.c.namespace, names.c.model == versions.c.model, names.c.name == versions.c.name
     )
-    return (
-        select(versions)
-        .join(names, same)
-        .where(names.c.version == versions.c.version)
-        .join(payloads, payloads.c.id == versions.c.id)
-    )
+    return select(versions).join(names, same).where(names.c.version == versions.c.version)
 
 
 def matching(ref: ContextRef) -> Select[Any]:

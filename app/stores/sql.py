@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Sequence
 
 import orjson
-from sqlalchemy import Connection, and_, exists, select, update
+from sqlalchemy import Connection, and_, func, select, update
 
 from app.domain import Arrays, ContextInfo, ContextRef, ContextStatus, Page, Space
 from app.payloads import from_safetensors, to_safetensors
@@ -96,18 +96,20 @@ class SqlContextStore:
     def list_current(
         self, namespace: str, model: str | None, *, after: str | None, limit: int, newest_first: bool
     ) -> Page | None:
-        query = rows.current().where(versions.c.namespace == namespace)
+        # A content has its place by its first version in this namespace: what other namespaces hold does not show.
+        own = select(versions.c.id, func.min(versions.c.seq).label("place")).where(versions.c.namespace == namespace)
+        places = own.group_by(versions.c.id).subquery()
+        place = places.c.place
+        query = rows.current().where(versions.c.namespace == namespace).join(places, places.c.id == versions.c.id)
         if model is not None:
             query = query.where(versions.c.model == model)
-        order = payloads.c.seq.desc() if newest_first else payloads.c.seq.asc()
-        query = query.order_by(order, versions.c.model, versions.c.name)
+        query = query.order_by(place.desc() if newest_first else place.asc(), versions.c.model, versions.c.name)
         with self._database.reading() as connection:
             if after is not None:
-                own = exists().where(versions.c.id == payloads.c.id, versions.c.namespace == namespace)
-                seq = connection.scalar(select(payloads.c.seq).where(payloads.c.id == after, own))
-                if seq is None:
+                seen = connection.scalar(select(place).where(places.c.id == after))
+                if seen is None:
                     return None
-                query = query.where(payloads.c.seq < seq if newest_first else payloads.c.seq > seq)
+                query = query.where(place < seen if newest_first else place > seen)
             page = [rows.info_of(row) for row in connection.execute(query.limit(limit + 1)).mappings()]
             if len(page) <= limit:
                 return Page(page, has_more=False)
@@ -117,8 +119,8 @@ class SqlContextStore:
             # Names of one content stay together: `after` is an id.
             same = connection.execute(query.where(versions.c.id == last)).mappings()
             kept = [info for info in kept if info.id != last] + [rows.info_of(row) for row in same]
-            tail = connection.scalar(select(payloads.c.seq).where(payloads.c.id == last))
-            beyond = query.where(payloads.c.seq < tail if newest_first else payloads.c.seq > tail)
+            tail = connection.scalar(select(place).where(places.c.id == last))
+            beyond = query.where(place < tail if newest_first else place > tail)
             return Page(kept, has_more=connection.execute(beyond.limit(1)).first() is not None)
 
     def versions(self, space: Space, name: str) -> Sequence[ContextInfo]:

@@ -19,7 +19,7 @@ metadata = MetaData()
 
 Serial = BigInteger().with_variant(Integer, "sqlite")
 
-# One row for each content, shared by all names that hold it; no data while it is being built. `seq` orders listings.
+# One row for each content, shared by all names that hold it; no data while it is being built.
 payloads = Table(
     "payloads",
     metadata,

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.catalog import neutral_documents
 from tests.api.test_auth import auth, entry
@@ -121,3 +122,48 @@ def test_inline_documents_belong_to_the_request(http: httpx.Client) -> None:
     used = http.post("/v1/embeddings", json=body, headers=auth("red")).headers["x-context-id"]
     refused = http.post("/v1/embeddings", json={**body, "context": used}, headers=auth("red"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_not_found")
+
+
+def metric(http: httpx.Client, name: str, **labels: str) -> float:
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    samples = [s for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    return sum(sample.value for sample in samples)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_nothing_is_answered_from_what_another_namespace_has_used(http: httpx.Client, *, inline: bool) -> None:
+    """It would be quicker than what nobody used before."""
+    documents = [f"{text} Secretly, {inline}." for text in ANIMALS]
+    if not inline:
+        for key in KEYS:
+            create(http, key, "secretly", documents)
+    body = {"model": V1, "input": "a secret", "context": {"documents": documents} if inline else "secretly"}
+    source = "built" if inline else "loaded"
+
+    def counted() -> list[float]:
+        vectors = metric(http, "cde_vector_cache_total", outcome="computed")
+        return [vectors, metric(http, "cde_context_uses_total", source=source)]
+
+    for key in KEYS:
+        for new in (1, 0):
+            before = counted()
+            http.post("/v1/embeddings", json=body, headers=auth(key)).raise_for_status()
+            assert [now - then for then, now in zip(before, counted(), strict=True)] == [new, new], key
+
+
+def test_nor_under_the_shared_default(http: httpx.Client) -> None:
+    body = {"model": V1, "input": "a secret under the default"}
+    for key in ("red", "none"):
+        before = metric(http, "cde_vector_cache_total", outcome="computed")
+        answer = http.post("/v1/embeddings", json=body, headers=auth(key))
+        assert answer.headers["x-context-name"] == "default"
+        assert metric(http, "cde_vector_cache_total", outcome="computed") == before + 1
+
+
+def test_a_listing_is_in_the_order_of_its_own_namespace(http: httpx.Client) -> None:
+    documents = [f"{text} Orderly." for text in ANIMALS]
+    create(http, "red", "known", documents)
+    for name, some in (("first", ANIMALS[:4]), ("guess", documents), ("last", ANIMALS[4:])):
+        create(http, "blue", name, some)
+    listed = [c["name"] for c in http.get("/v1/contexts", headers=auth("blue")).json()["data"]]
+    assert listed[:3] == ["last", "guess", "first"]

@@ -41,12 +41,12 @@ def put(store: ContextStore, name: str, content: int, space: Space = M) -> tuple
     return store.put(new_context(name, content, space), arrays_of(content))
 
 
-def names_of(store: ContextStore, limit: int, *, newest_first: bool) -> list[str]:
+def names_of(store: ContextStore, limit: int, *, newest_first: bool, namespace: str = "") -> list[str]:
     """The whole listing, page by page, as a client walks it."""
     found: list[str] = []
     after = None
     for _ in range(1000):
-        page = store.list_current("", "m", after=after, limit=limit, newest_first=newest_first)
+        page = store.list_current(namespace, "m", after=after, limit=limit, newest_first=newest_first)
         assert page is not None
         found += [info.name for info in page.items]
         if not page.has_more:
@@ -157,6 +157,16 @@ def test_pagination_never_loses_or_repeats_a_name(
     for name, content in zip(names, contents, strict=True):
         put(store, name, content)
     assert sorted(names_of(store, limit, newest_first=newest_first)) == sorted(names)
+
+
+def test_the_order_of_a_listing_says_nothing_of_other_namespaces(store: ContextStore) -> None:
+    """Whether, and since when, another one holds the same content."""
+    for i, namespace in ((3, "yours"), (1, "mine"), (3, "mine"), (2, "mine"), (4, "yours")):
+        put(store, f"n{i}", i, space=Space("m", namespace))
+    for newest_first, names in ((False, ["n1", "n3", "n2"]), (True, ["n2", "n3", "n1"])):
+        assert names_of(store, 1, newest_first=newest_first, namespace="mine") == names
+        assert names_of(store, 9, newest_first=newest_first, namespace="mine") == names
+    assert store.list_current("mine", None, after=f"ctx_{4:032x}", limit=9, newest_first=True) is None
 
 
 def test_many_writers_at_once(store: ContextStore) -> None:

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import numpy as np
 import pytest
 
-from app.building import ContextBuilder, Plan
+from app.building import ContextBuilder, Outcome, Plan
 from app.domain import ANYBODY, DATASET_EMBEDDINGS, DocumentCounts, Lane, Selection, Stage
 from app.registry import ServedModel
 from app.tokenization import TextTokenizer
@@ -71,4 +72,27 @@ async def test_who_asks_as_the_last_one_leaves_gets_a_build_of_their_own(passes:
     await asyncio.wait([leaving])
     gate.open.set()
     assert await staying == 2
+    engine.stop(5)
+
+
+async def test_a_build_is_not_joined_from_another_namespace() -> None:
+    """It would be done sooner than it can be, and its progress would stand still."""
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model)
+    builder = ContextBuilder(engine, TokenizerThreads())
+    served = ServedModel(("stub",), model, cast(TextTokenizer, None))
+    plan = Plan("ctx_1", ["a", "b"], [text(1), text(2)], Selection("first"), DocumentCounts(), 2)
+    told: list[tuple[str, int]] = []
+
+    def build(namespace: str) -> "asyncio.Task[Outcome]":
+        progress = partial(lambda name, done: told.append((name, done)), namespace)
+        return asyncio.create_task(builder.build(served, plan, progress, ANYBODY, namespace=namespace))
+
+    builds = [build(namespace) for namespace in ("red", "blue", "red")]
+    await asyncio.to_thread(gate.entered.wait, 10)
+    gate.open.set()
+    await asyncio.gather(*builds)
+    assert sum(rows for _, rows in model.batches) == 4
+    assert sorted(told) == [("blue", 2), ("red", 2)]
     engine.stop(5)

@@ -52,6 +52,24 @@ async def test_a_repeated_request_needs_no_forward_and_is_the_same_to_the_byte(b
     assert bench.computed == 3
 
 
+async def test_a_namespace_learns_nothing_from_what_another_has_computed(bench: Bench) -> None:
+    """Nor from what it is computing."""
+    for namespace in ("red", "blue", "red", "blue"):
+        await bench.cache.embed(bench.served, [text(1)], context(5.0), namespace=namespace)
+    assert bench.computed == 2
+    gate = Gate()
+    other = Bench(StubModel(gate))
+    flying = [
+        asyncio.create_task(other.cache.embed(other.served, [text(1)], context(5.0), namespace=namespace))
+        for namespace in ("red", "blue", "red")
+    ]
+    await asyncio.to_thread(gate.entered.wait, 10)
+    gate.open.set()
+    await asyncio.gather(*flying)
+    assert other.computed == 2
+    other.engine.stop(5)
+
+
 async def test_other_context_other_vector(bench: Bench) -> None:
     a = await bench.cache.embed(bench.served, [text(1)], context(5.0))
     b = await bench.cache.embed(bench.served, [text(1)], context(6.0))

@@ -32,7 +32,7 @@ class Builder:
     def __init__(self) -> None:
         self.done = asyncio.Event()
 
-    async def build(self, *_: Any) -> Outcome:
+    async def build(self, *_: Any, **__: Any) -> Outcome:
         await self.done.wait()
         return Outcome(PLAN.id, arrays_of(1), PLAN.documents, PLAN.selection, PLAN.counts)
 
