@@ -151,7 +151,7 @@ class TooManyBatches(RetryableError):
 
 
 class BodiesFull(RetryableError):
-    """The bodies of all requests together are as large as they may be."""
+    """The caller's requests hold as many bytes as they may."""
 
 
 class Unavailable(RetryableError):

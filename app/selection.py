@@ -23,10 +23,14 @@ T = TypeVar("T")
 
 REMEMBERED = 250_000
 """Distinct documents up to which duplicates are counted exactly; beyond, the count is a lower bound."""
+NUMBER_BYTES = 36
+"""Of a priority, beside the table of a set that holds it."""
+KEPT_BYTES = 256
+"""Of a chosen document, beside its text: its place in the heap, and in the table of those held."""
 
 
 class Minicorpus:
-    """Takes documents one by one and holds the chosen ones. `memory`: bytes of the texts it holds."""
+    """Takes documents one by one and holds the chosen ones."""
 
     def __init__(
         self, selection: Selection, size: int, candidates: int = 0, *, max_characters: int | None = None
@@ -34,7 +38,7 @@ class Minicorpus:
         """`size`: documents of a context; `candidates`: how many `diverse` picks them from, at least;
         `max_characters`: no more of a document is kept, though all of it tells it apart from others."""
         self.selection = selection
-        self.memory = 0
+        self._text_bytes = 0
         self._max_characters = max_characters
         self._size = max(size, candidates) if selection.method == "diverse" else size
         self._key = selection.seed.to_bytes(8, "little", signed=True)
@@ -63,11 +67,17 @@ class Minicorpus:
         elif rank < -self._kept[0][0]:
             _, dropped, text = heapq.heapreplace(self._kept, kept)
             self._held.discard(dropped)
-            self.memory -= sys.getsizeof(text)
+            self._text_bytes -= sys.getsizeof(text)
         else:
             return
         self._held.add(priority)
-        self.memory += sys.getsizeof(kept[2])
+        self._text_bytes += sys.getsizeof(kept[2])
+
+    @property
+    def memory(self) -> int:
+        """Bytes, about: the texts it holds, and what it remembers of all others."""
+        remembered = sys.getsizeof(self._seen) + NUMBER_BYTES * len(self._seen)
+        return self._text_bytes + KEPT_BYTES * len(self._kept) + remembered
 
     def documents(self) -> list[str]:
         """The chosen documents, or candidates, in the order of their priority, or of arrival (`first`)."""

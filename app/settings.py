@@ -100,7 +100,9 @@ class LimitSettings(_Group):
     max_documents: Positive = Field(100_000, description="Documents in one JSON request; NDJSON takes any number")
     max_body_bytes: Positive = Field(64 * 2**20, description="Body of a JSON request or an import")
     max_body_bytes_in_flight: Positive = Field(
-        256 * 2**20, description="Bodies of all requests that are being served; beyond it requests get 429"
+        256 * 2**20,
+        description="Bodies of all requests that are being served; a caller that would hold more than it leaves free "
+        "(alone, half) gets 429",
     )
     max_line_bytes: Positive = Field(
         8 * 2**20, description="One line of an NDJSON upload, which is unbounded as a whole, or of a batch"
@@ -191,10 +193,10 @@ class Settings(_Group):
         if server.keys_file and not server.keys_file.is_file():
             raise ValueError(f"server.keys_file {server.keys_file} does not exist")
         limits = self.limits
-        if limits.max_body_bytes_in_flight < max(limits.max_body_bytes, limits.max_line_bytes):
+        if limits.max_body_bytes_in_flight < 2 * max(limits.max_body_bytes, limits.max_line_bytes):
             raise ValueError(
-                "limits.max_body_bytes_in_flight is less than one body may have: raise it, or lower "
-                "limits.max_body_bytes and limits.max_line_bytes"
+                "limits.max_body_bytes_in_flight, of which one caller gets half, is less than twice what one body may "
+                "have: raise it, or lower limits.max_body_bytes and limits.max_line_bytes"
             )
         return self
 

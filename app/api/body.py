@@ -138,11 +138,13 @@ def check_count(param: str, items: Sized, limit: int, advice: str) -> None:
         )
 
 
-async def ndjson_lines(request: Request, limit: int) -> AsyncIterator[tuple[int, bytes]]:
-    """Numbered lines of a stream of any length, blank ones left out; one line at a time is held.
+async def ndjson_lines(request: Request, limit: int, kept: Callable[[], int]) -> AsyncIterator[tuple[int, bytes]]:
+    """Numbered lines of a stream of any length, blank ones left out; one line at a time is held, and what its reader
+    keeps of those before, in bytes: `kept`.
 
-    Raises InvalidRequest for a line over `limit` bytes.
+    Raises InvalidRequest for a line over `limit` bytes; BodiesFull, RequestTooLarge, RequestTimeout.
     """
+    held = incoming(request).memory
     rest, number = bytearray(), 0
     async for chunk in request.stream():
         head, *lines = chunk.split(b"\n")
@@ -154,5 +156,6 @@ async def ndjson_lines(request: Request, limit: int) -> AsyncIterator[tuple[int,
             rest = bytearray(line)
         if len(rest) > limit:
             raise InvalidRequest(f"Line {number + 1} is longer than the {limit} bytes this server takes.", param="body")
+        held.hold(len(rest) + kept())
     if rest.strip():
         yield number + 1, bytes(rest)

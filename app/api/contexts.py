@@ -27,7 +27,6 @@ from app.api.dependencies import (
     admitted,
     model_named,
 )
-from app.api.intake import incoming
 from app.api.openapi import arrays, takes
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
@@ -78,11 +77,8 @@ async def _create_from_stream(
     served = registry.get(given.model) if given.model else registry.default
     creation = Creation(check_name(given.name), given.metadata, namespace, given.wait)
     minicorpus = catalog.minicorpus(served, Selection(given.method, given.seed))
-    held = incoming(request).memory
-    held.hold(max_line_bytes)
-    async for number, line in ndjson_lines(request, max_line_bytes):
+    async for number, line in ndjson_lines(request, max_line_bytes, lambda: minicorpus.memory):
         minicorpus.add(_document(number, line))
-        held.hold(max_line_bytes + minicorpus.memory)
     return await _created(catalog, served, creation, minicorpus, dry_run=given.dry_run)
 
 

@@ -1,41 +1,16 @@
-"""How request bodies come in: how slowly they may, and how many bytes of them the process holds at once."""
+"""How request bodies come in: how slowly they may, and how many bytes of them the process holds at once, for whom."""
 
 import asyncio
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodiesFull, InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from app.api.budget import Budget, Share
+from app.errors import InvalidRequest, RequestTimeout, UnsupportedMediaType
 from app.settings import LimitSettings
 
 UPLOADS_AT_ONCE = 4
-"""Files of the greatest size that wait on disk, or in a disk of memory, until they are stored."""
-
-
-class Budget:
-    """Bytes that all requests hold together. For one event loop."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-
-
-class Share:
-    """What one request holds of a budget."""
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._size = 0
-
-    def hold(self, size: int) -> None:
-        """`size` bytes from now on, instead of what it was. Raises BodiesFull, RequestTooLarge."""
-        more = size - self._size
-        if size > self._budget.limit:
-            raise RequestTooLarge("The request needs more memory than all requests together may take. Send less.")
-        if more > 0 and self._budget.used + more > self._budget.limit:
-            raise BodiesFull("The server holds as many bytes of requests as it may at the moment. Please try again.")
-        self._budget.used += more
-        self._size = size
+"""Files of the greatest size that wait on disk, or in a disk of memory, until they are stored; of one caller, half."""
 
 
 class Incoming:
@@ -52,7 +27,8 @@ class Incoming:
     async def receive(self) -> Message:
         """ASGI's `receive`. Raises RequestTimeout where a body stalls.
 
-        Waiting uses patience up and bytes bring it back, so a body may take any time while enough of it flows.
+        Waiting uses patience up and bytes bring it back, so a body may take any time while enough of it flows. Blank
+        ones bring nothing: lines without a document are no upload.
         """
         if self._complete:
             return await self._receive()
@@ -65,7 +41,7 @@ class Incoming:
             raise RequestTimeout(
                 f"The body did not go on: less than {self._rate} bytes a second came for too long. Send it again."
             ) from None
-        earned = len(message.get("body", b"")) / self._rate
+        earned = len(message.get("body", b"").strip()) / self._rate
         self._patience = min(self._most, self._patience - (loop.time() - started) + earned)
         self._complete = not message.get("more_body", False)
         return message
@@ -85,14 +61,14 @@ class Intake:
             await self._app(scope, receive, send)
             return
         _check_head(scope)
-        memory, files = Share(self._memory), Share(self._files)
+        memory, files = Share(self._memory, scope), Share(self._files, scope)
         body = Incoming(receive, self._limits, memory, files)
         scope.setdefault("state", {})["incoming"] = body
         try:
             await self._app(scope, body.receive, send)
         finally:
-            memory.hold(0)
-            files.hold(0)
+            memory.release()
+            files.release()
 
 
 def incoming(request: Request) -> Incoming:

@@ -1,13 +1,14 @@
 """Clients that send too much, too slowly or nonsense: each is answered or cut off, and everybody else is served on."""
 
 import gzip
+import hashlib
 import json
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,11 @@ def test_nonsense_behind_an_answer_is_a_400(strict: str) -> None:
 # --- slow clients ---------------------------------------------------------------------------------------------------
 
 
-def trickle(connection: socket.socket, data: bytes, seconds: float) -> None:
-    """Byte by byte, until it is through or the server has closed."""
+def trickle(connection: socket.socket, data: bytes, seconds: float, size: int = 1) -> None:
+    """`size` bytes at a time, until it is through or the server has closed."""
     with suppress(OSError):
-        for i in range(len(data)):
-            connection.sendall(data[i : i + 1])
+        for i in range(0, len(data), size):
+            connection.sendall(data[i : i + size])
             time.sleep(seconds)
 
 
@@ -266,6 +267,18 @@ def test_an_upload_goes_on_as_long_as_bytes_come(others: httpx.Client) -> None:
     headers = {"Content-Type": "application/x-ndjson"}
     response = others.post("/v1/contexts?name=patient", content=lines(), headers=headers, timeout=30)
     assert response.status_code == 201, response.text
+
+
+def test_blank_lines_do_not_keep_an_upload_open(strict: str) -> None:
+    with connected(strict) as connection:
+        head = b"POST /v1/contexts?name=blank HTTP/1.1\r\nContent-Type: application/x-ndjson\r\n" + HOST
+        connection.sendall(head + b"Content-Length: 1000000\r\n\r\n")
+        sender = threading.Thread(target=trickle, args=(connection, b"\n \r\n" * 12_500, 0.1, 500))
+        sender.start()
+        (answer,) = rest(connection)
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        assert sender.is_alive()
+        sender.join()
 
 
 def test_an_answer_that_nobody_reads_is_dropped(strict: str, others: httpx.Client) -> None:
@@ -329,28 +342,86 @@ def test_connections_have_a_limit_and_probes_pass(data_dir: Path, monkeypatch: p
         until(lambda: httpx.get(f"{url}/v1/models").is_success)
 
 
+def on_its_way(path: bytes, kind: bytes, body: bytes, *headers: bytes) -> bytes:
+    """A request that lacks the last byte of its body."""
+    lines = [b"POST %s HTTP/1.1" % path, b"Connection: close", b"Host: here", b"Content-Type: " + kind, *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % (len(body) + 1), b"", body])
+
+
+LARGE = json.dumps({"model": V1, "input": "x"}).encode() + b" " * 90_000
+EMBEDDED = (b"/v1/embeddings", b"application/json", LARGE)
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "body"),
     [
-        (b"/v1/embeddings", b"application/json", json.dumps({"model": V1, "input": "x"}).encode() + b" " * 90_000),
-        (b"/v1/contexts?name=x", b"application/x-ndjson", b'"A stream counts as a line of the greatest length."\n'),
+        EMBEDDED,
+        (b"/v1/contexts?name=x", b"application/x-ndjson", b'"A stream counts as what it holds. ' + LARGE[-90_000:]),
     ],
 )
 def test_all_bodies_together_have_a_limit(strict: str, path: bytes, kind: bytes, body: bytes) -> None:
-    """Of three that are on their way at once two fit, whichever they are."""
-    head = b"POST %s HTTP/1.1\r\nConnection: close\r\nContent-Type: %s\r\n" % (path, kind) + HOST
-    sent = head + b"Content-Length: %d\r\n\r\n%s" % (len(body) + 1, body)
-    with connected(strict) as one, connected(strict) as two, connected(strict) as three:
-        for connection in (one, two, three):
-            connection.sendall(sent)
-        (full, *_), _, _ = select.select([one, two, three], [], [], 20)
+    """One caller gets half of it: of two that are on their way at once one fits, whichever it is."""
+    end = b"\n" if path == EMBEDDED[0] else b'"'
+    with connected(strict) as one, connected(strict) as two:
+        for connection in (one, two):
+            connection.sendall(on_its_way(path, kind, body))
+        (full, *_), _, _ = select.select([one, two], [], [], 20)
         (answer,) = rest(full)
         assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
         assert answer.headers["retry-after"] == "1"
-        for connection in {one, two, three} - {full}:
+        (other,) = {one, two} - {full}
+        other.sendall(end)
+        (answer,) = rest(other)
+        assert answer.status in (200, 201)
+
+
+def test_an_address_that_holds_much_leaves_room_for_others(strict: str) -> None:
+    elsewhere = b"X-Forwarded-For: 10.0.0.7"
+    with connected(strict) as one, connected(strict) as two, connected(strict) as other:
+        for connection in (one, two):
+            connection.sendall(on_its_way(*EMBEDDED))
+        (full, *_), _, _ = select.select([one, two], [], [], 20)
+        assert [answer.status for answer in rest(full)] == [429]
+        body = LARGE[:60_000]
+        other.sendall(on_its_way(*EMBEDDED[:2], body, elsewhere) + b" ")
+        assert [answer.status for answer in rest(other)] == [200]
+
+
+def test_a_key_that_holds_much_leaves_room_for_others(tmp_path: Path) -> None:
+    """Its uploads stand still, and there are as many as it likes."""
+    limits = LIMITS | {"stall_seconds": 20}
+    keys = tmp_path / "keys.toml"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in "ab"}
+    keys.write_text("".join(f'[[keys]]\nname = "{name}"\nsha256 = "{sha}"\n' for name, sha in digests.items()))
+    upload = on_its_way(
+        b"/v1/contexts?name=x", b"application/x-ndjson", b'"' + b"a" * 50_000, b"Authorization: Bearer a"
+    )
+    with live_server(tmp_path / "data", limits=limits, server={"keys_file": keys}) as url, ExitStack() as stack:
+        held = [stack.enter_context(connected(url)) for _ in range(8)]
+        for connection in held:
+            connection.sendall(upload)
+        waiting = set(held)
+        while len(waiting) > 2:
+            (full, *_), _, _ = select.select(list(waiting), [], [], 20)
+            assert [answer.status for answer in rest(full)] == [429]
+            waiting -= {full}
+        body = {"model": V1, "input": "x" * 60_000, "truncate": "end"}
+        answer = httpx.post(f"{url}/v1/embeddings", json=body, headers={"Authorization": "Bearer b"})
+        assert answer.status_code == 200
+        for connection in waiting:
+            connection.sendall(b'"')
+            assert [answer.status for answer in rest(connection)] in ([200], [201])
+
+
+def test_streams_hold_what_they_hold(strict: str) -> None:
+    """And not what they might: many small ones go on at once."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(connected(strict)) for _ in range(8)]
+        for i, connection in enumerate(streams):
+            connection.sendall(on_its_way(b"/v1/contexts?name=x%d" % i, b"application/x-ndjson", b'"Document %d."' % i))
+        for connection in streams:
             connection.sendall(b"\n")
-            (answer,) = rest(connection)
-            assert answer.status in (200, 201)
+            assert [answer.status for answer in rest(connection)] == [201]
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The choice of documents: bounded, seeded, uniform, and blind to order and repetition."""
 
 import sys
+import tracemalloc
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,7 +73,23 @@ def test_what_is_kept_is_cut_and_told_apart_whole(docs: list[str], method: Any, 
         cut.add(document)
     assert cut.documents() == [document[:limit] for document in whole.documents()]
     assert cut.counts() == whole.counts()
-    assert cut.memory == sum(map(sys.getsizeof, cut.documents()))
+    texts = [sum(map(sys.getsizeof, corpus.documents())) for corpus in (whole, cut)]
+    assert whole.memory - cut.memory == texts[0] - texts[1]
+
+
+@pytest.mark.parametrize(("documents", "size"), [(5_000, 5_000), (60_000, 10)])
+def test_memory_is_what_it_takes(documents: int, size: int) -> None:
+    """By the interpreter's own count: a lower one would let many uploads take more than they are allowed."""
+    texts = [f"text {i}" for i in range(documents)]
+    tracemalloc.start()
+    try:
+        corpus = Minicorpus(Selection(), size)
+        for text in texts:
+            corpus.add(text)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 1.1 < corpus.memory < 2 * taken
 
 
 def test_repeated_is_round_robin() -> None:

@@ -46,7 +46,7 @@ def test_models_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -
         ({"server": {"host": "0.0.0.0"}}, "no keys are set"),
         ({"server": {"keys_file": "nowhere.toml"}}, "does not exist"),
         ({"limits": {"max_inputs": 0}}, "limits.max_inputs"),
-        ({"limits": {"max_body_bytes_in_flight": 1000}}, "less than one body may have"),
+        ({"limits": {"max_body_bytes": 1000, "max_line_bytes": 1000, "max_body_bytes_in_flight": 1999}}, "than twice"),
         ({"limit": {}}, "limit: "),
         ({"models": []}, "models"),
         ({"truncate": "middle"}, "truncate"),
