@@ -16,6 +16,7 @@ from app.api import contexts as context_routes
 from app.api import embeddings as embedding_routes
 from app.api import openai_errors, openapi, operations
 from app.api.auth import Keyring
+from app.api.delivery import Delivery
 from app.api.envelope import Envelope, LastNet
 from app.api.farewell import Farewell
 from app.api.intake import Intake
@@ -72,6 +73,7 @@ def application(server: Server) -> ASGIApp:
     app.include_router(operations.served)
     openai_errors.install(app)
     openapi.install(app)
+    app.add_middleware(Delivery, limits=settings.limits)
     if settings.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,

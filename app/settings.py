@@ -104,6 +104,11 @@ class LimitSettings(_Group):
         description="Bodies of all requests that are being served; a caller that would hold more than it leaves free "
         "(alone, half) gets 429",
     )
+    max_answer_bytes_in_flight: Positive = Field(
+        512 * 2**20,
+        description="Answers of over 64 KiB that are being read; a caller that would hold more than it leaves free "
+        "(alone, half) gets 429",
+    )
     max_line_bytes: Positive = Field(
         8 * 2**20, description="One line of an NDJSON upload, which is unbounded as a whole, or of a batch"
     )

@@ -6,9 +6,13 @@ parsed is answered in OpenAI's shape. How slowly a body may come is for `intake.
 """
 
 import asyncio
+import fcntl
+import sys
+import termios
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 
 import httptools
@@ -160,18 +164,24 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _await_reader(self) -> None:
         """An answer that is not read does not stay in memory for ever."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent and self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._check_reader, unsent)
+        if self.transport.get_write_buffer_size() and self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._check_reader, self._unread())
 
     def _check_reader(self, before: int) -> None:
         self._write_timer = None
-        unsent = self.transport.get_write_buffer_size()
         least = self.limits.stall_seconds * self.limits.min_bytes_per_second
-        if unsent and before - unsent < least:
+        if self.transport.get_write_buffer_size() and before - self._unread() < least:
             self._abort("unread")
         else:
             self._await_reader()
+
+    def _unread(self) -> int:
+        """What is on its way: also from the kernel's buffer, of which a slow reader may take megabytes, and minutes,
+        before the kernel asks for more."""
+        size = bytearray(4)
+        with suppress(OSError, ValueError):  # the connection is gone
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, size)
+        return self.transport.get_write_buffer_size() + int.from_bytes(size, sys.byteorder)
 
     # --- the end ---
 

@@ -20,7 +20,7 @@ from app.json_text import MAX_VALUES
 from tests.api.test_errors import check
 from tests.live import V1, live_server
 from tests.postgres import new_database
-from tests.raw import Answer, connected, exchange, rest
+from tests.raw import Answer, Answers, connected, exchange, rest
 
 JSON = {"Content-Type": "application/json"}
 HOST = b"Host: here\r\n"
@@ -290,6 +290,49 @@ def test_an_answer_that_nobody_reads_is_dropped(strict: str, others: httpx.Clien
         until(lambda: cut(others, "unread") > before)
         (answer,) = rest(connection)
         assert (answer.status, answer.complete) == (200, False)
+
+
+def test_an_answer_that_is_read_slowly_goes_on(strict: str, others: httpx.Client) -> None:
+    """A reader that takes thousands of times what it has to, though less than the kernel asks for more at."""
+    file = {"file": ("big.jsonl", b"x" * 12_000_000)}
+    made = others.post("/v1/files", data={"purpose": "batch"}, files=file).json()
+    with connected(strict, receive_buffer=65536) as connection:
+        head = b"GET /v1/files/%s/content HTTP/1.1\r\nConnection: close\r\n" % made["id"].encode()
+        connection.sendall(head + HOST + b"\r\n")
+        began, begun = time.monotonic(), b""
+        while time.monotonic() - began < 4 * LIMITS["stall_seconds"]:
+            begun += connection.recv(2**16)
+            time.sleep(0.2)
+        answers = Answers()
+        answers.feed(begun)
+        while data := connection.recv(2**20):
+            answers.feed(data)
+    assert [(answer.status, len(answer.body), answer.complete) for answer in answers.found] == [(200, 12_000_000, True)]
+
+
+def test_answers_that_are_not_read_have_a_limit(tmp_path: Path) -> None:
+    """A caller that does not read what it asked for is refused more, others are not, and what it has is all there."""
+    body = json.dumps({"model": "minilm-context", "input": ["a"] * 2048}).encode()
+    limits = {"max_answer_bytes_in_flight": 30_000_000}
+    with (
+        live_server(tmp_path, ("builtin/minilm-context",), limits=limits) as url,
+        connected(url, receive_buffer=4096) as unread,
+        connected(url) as more,
+    ):
+        ask = post(body, b"Connection: close")
+        unread.sendall(ask)
+        assert unread.recv(12) == b"HTTP/1.1 200"
+        more.sendall(ask)
+        (answer,) = rest(more)
+        assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "rate_limit_exceeded", "1")
+        assert "openai-processing-ms" in answer.headers
+        other = httpx.post(f"{url}/v1/embeddings", content=body, headers=JSON | {"X-Forwarded-For": "10.0.0.7"})
+        assert (other.status_code, other.headers["content-length"]) == (200, str(len(other.content)))
+        received = bytearray(b"HTTP/1.1 200")
+        while data := unread.recv(2**20):
+            received += data
+        assert received.endswith(b"\r\n\r\n" + other.content)
+        until(lambda: httpx.post(f"{url}/v1/embeddings", content=body, headers=JSON).is_success)
 
 
 # --- answered before the end ----------------------------------------------------------------------------------------
