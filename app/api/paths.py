@@ -8,6 +8,10 @@ RESOURCES = ("embeddings", "models", "contexts", "files", "batches")
 """Under /v1."""
 
 
+EXACT = "/metrics"
+"""Whoever refuses it to the public does so by this name."""
+
+
 class Trimmed:
     """ASGI layer: `/v1/embeddings/` is `/v1/embeddings`. A redirect would need to know how clients reach the server."""
 
@@ -16,7 +20,8 @@ class Trimmed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope["path"] = scope["path"].rstrip("/") or "/"
+            trimmed = scope["path"].rstrip("/") or "/"
+            scope["path"] = scope["path"] if trimmed == EXACT else trimmed
         await self._app(scope, receive, send)
 
 

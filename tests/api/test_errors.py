@@ -148,6 +148,13 @@ def test_a_slash_at_the_end_changes_nothing(http: httpx.Client, path: str) -> No
     assert http.get(path).status_code == httpx.codes.OK
 
 
+@pytest.mark.parametrize("path", ["/metrics/", "/metrics//", "//metrics", "/metrics%2F", "/metrics%2f/"])
+def test_metrics_have_one_name(http: httpx.Client, path: str) -> None:
+    """A gateway that keeps them from the public need not know others."""
+    response = http.get(f"{str(http.base_url).rstrip('/')}{path}")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -162,6 +162,18 @@ def raw(running: Gateway, head: str) -> httpx.Response:
         (f"GET /{'x' * 70_000} HTTP/1.1\r\nHost: x\r\n\r\n", 414, None),
         (f"GET / HTTP/1.1\r\nHost: x\r\nX-Long: {'x' * 70_000}\r\n\r\n", 400, None),
         ("GET /metrics HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\n\r\n", 404, "unknown_url"),
+        *(
+            (f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n", 404, "unknown_url")
+            for path in (
+                "/metrics/",
+                "/metrics//",
+                "//metrics",
+                "/metrics%2F",
+                "/metrics/%2f",
+                "/%6detrics/",
+                "/v1/../metrics/",
+            )
+        ),
         (f"POST {EMBEDDINGS} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 502, "bad_gateway"),
     ],
 )
