@@ -150,7 +150,7 @@ def test_what_answers_without_a_name_is_not_deleted(http: httpx.Client) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_in_use")
     assert "contexts.default" in refused.json()["error"]["message"]
     assert http.post("/v1/embeddings", json={"model": V1, "input": "x"}).headers["x-context-name"] == "default"
-    other = create(http, "default", ANIMALS).json()
+    other = create(http, "default", [f"{text} By default." for text in ANIMALS]).json()
     assert http.post("/v1/embeddings", json={"model": V1, "input": "x"}).headers["x-context-id"] == other["id"]
     assert http.post("/v1/contexts/default/rollback", json={"version": 1, "model": V1}).status_code == 200
     assert http.delete(f"/v1/contexts/{other['id']}", params=params).status_code == 200, "a version that is not used"
