@@ -37,10 +37,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A context before its first stage. `id`: by what it is chosen from while that is more than what is chosen."""
+    """A context before its first stage. `id`: by what it is chosen from while that is more than what is chosen.
+    `documents`: of `tokens`; None: their texts are not kept."""
 
     id: str
-    documents: Sequence[str]
+    documents: Sequence[str] | None
     tokens: Sequence[TokenizedText]
     selection: Selection
     counts: DocumentCounts
@@ -48,13 +49,13 @@ class Plan:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether `documents` are the context's, and no candidates."""
-        return self.selection.method != "diverse" or len(self.documents) <= self.corpus_size
+        """Whether the documents are the context's, and no candidates."""
+        return self.selection.method != "diverse" or self.total <= self.corpus_size
 
     @property
     def total(self) -> int:
         """Documents that go through the first stage."""
-        return len(self.documents)
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Outcome:
 
     id: str
     arrays: Arrays
-    documents: Sequence[str]
+    documents: Sequence[str] | None
     selection: Selection
     counts: DocumentCounts
 
@@ -167,12 +168,12 @@ class ContextBuilder:
         corpus, vectors = await self._vectors(served, plan, {}, progress, caller)
         chosen, radius = await asyncio.to_thread(farthest_first, np.stack(vectors), plan.corpus_size)
         tokens = [plan.tokens[i] for i in chosen]
-        selection = replace(plan.selection, candidates=len(plan.documents), coverage_radius=radius)
+        selection = replace(plan.selection, candidates=plan.total, coverage_radius=radius)
         counts = replace(plan.counts, chosen=len(chosen))
         fewer = replace(
             plan,
             id=id_of_documents(served.spec, served.spec.prompts[InputType.DOCUMENT], tokens),
-            documents=[plan.documents[i] for i in chosen],
+            documents=None if plan.documents is None else [plan.documents[i] for i in chosen],
             tokens=tokens,
             selection=selection,
             counts=counts,

@@ -8,12 +8,13 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 
 from app.building import ContextBuilder, Outcome, Plan
 from app.domain import Caller, ContextInfo, ContextRef, ContextStatus
-from app.errors import ContextNotFound, InvalidRequest, ServerFault, ServiceError, ShuttingDown, StoreError
+from app.errors import BuildsFull, ContextNotFound, InvalidRequest, ServerFault, ServiceError, ShuttingDown, StoreError
 from app.registry import ServedModel
 from app.stores.base import Begun, Built, ContextStore, NewContext
 from app.stores.threads import StoreThreads
@@ -21,6 +22,10 @@ from app.telemetry.metrics import CONTEXT_BUILDS, CONTEXTS_BUILDING
 
 log = logging.getLogger(__name__)
 
+MOST = 8
+"""Versions of one namespace in progress at a time in this process: each holds its documents' tokens till it is done."""
+ROOM_SECONDS = 5.0
+"""After which a build that found no room may."""
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.3
 """Between two looks at a version that another process builds."""
@@ -43,13 +48,32 @@ class Builds:
         self._threads = threads
         self._keep_documents = keep_documents
         self._running: dict[tuple[object, ...], asyncio.Task[ContextInfo]] = {}
+        self._unfinished: Counter[str] = Counter()
+        """By namespace, those that are being begun included."""
+
+    def check_room(self, namespace: str) -> None:
+        """Raises BuildsFull."""
+        if self._unfinished[namespace] >= MOST:
+            raise BuildsFull(
+                f"{MOST} contexts are being made, which is as many as may be at once. Please try again when one of "
+                f"them is done.",
+                retry_after=ROOM_SECONDS,
+            )
 
     async def begin(self, served: ServedModel, new: NewContext, plan: Plan) -> tuple[ContextInfo, Begun]:
-        """The version; its build is under way unless it is there already."""
-        builder = uuid.uuid4().hex
-        info, begun = await self._threads.write(self._store.begin, replace(new, builder=builder))
+        """The version; its build is under way unless it is there already. Raises BuildsFull."""
+        builder, namespace = uuid.uuid4().hex, new.space.namespace
+        self.check_room(namespace)
+        self._unfinished[namespace] += 1
+        begun = None
+        try:
+            info, begun = await self._threads.write(self._store.begin, replace(new, builder=builder))
+        finally:
+            if begun is not Begun.OURS:
+                self._leave(namespace)
         if begun is Begun.OURS:
-            task = asyncio.create_task(self._carry_through(served, info, plan, builder))
+            kept = plan if self._keep_documents else replace(plan, documents=None)
+            task = asyncio.create_task(self._carry_through(served, info, kept, builder))
             self._running[_key(info)] = task
             CONTEXTS_BUILDING.inc()
             task.add_done_callback(lambda done: self._ended(info, done))
@@ -85,8 +109,7 @@ class Builds:
         beating = asyncio.create_task(self._beat(info, builder, done))
         try:
             outcome = await self._outcome(served, info, plan, done)
-            texts = outcome.documents if self._keep_documents else None
-            built = Built(outcome.id, outcome.arrays, outcome.selection, outcome.counts, texts)
+            built = Built(outcome.id, outcome.arrays, outcome.selection, outcome.counts, outcome.documents)
             completed = await self._stored(info, built)
             if completed is None:
                 raise _deleted(info)
@@ -133,8 +156,12 @@ class Builds:
             with suppress(StoreError):  # the store has said so in the log
                 await self._threads.write(self._store.beat, info, builder, done[0])
 
+    def _leave(self, namespace: str) -> None:
+        self._unfinished -= Counter([namespace])  # which forgets who has none
+
     def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
         self._running.pop(_key(info), None)
+        self._leave(info.space.namespace)
         CONTEXTS_BUILDING.dec()
         error = None if task.cancelled() else task.exception()
         stopped = task.cancelled() or isinstance(error, (ShuttingDown, ContextNotFound))

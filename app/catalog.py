@@ -85,7 +85,7 @@ class Catalog:
             name=creation.name,
             selection=plan.selection,
             documents=plan.counts,
-            corpus_size=spec.corpus_size if exact else min(spec.corpus_size, len(plan.documents)),
+            corpus_size=spec.corpus_size if exact else min(spec.corpus_size, plan.total),
             dimensions=spec.hidden_size,
             metadata=creation.metadata,
             total=plan.total,
@@ -95,7 +95,9 @@ class Catalog:
     async def create(
         self, served: ServedModel, creation: Creation, minicorpus: Minicorpus, *, allow_empty: bool = False
     ) -> tuple[ContextInfo, bool]:
-        """A version from documents; False where this content is there already. Raises InvalidRequest and its kin."""
+        """A version from documents; False where this content is there already. Raises InvalidRequest and its kin,
+        BuildsFull."""
+        self._builds.check_room(creation.namespace)  # before any work
         new, plan = await self.plan(served, creation, minicorpus, allow_empty=allow_empty)
         info, begun = await self._builds.begin(served, new, plan)
         self._contexts.forget(new.space, name=new.name)

@@ -25,6 +25,7 @@ ServiceError
 │   ├── QueueFull
 │   ├── TooManyBatches
 │   ├── BodiesFull
+│   ├── BuildsFull
 │   └── Unavailable
 │       ├── NotReady
 │       ├── ContextNotReady
@@ -152,6 +153,10 @@ class TooManyBatches(RetryableError):
 
 class BodiesFull(RetryableError):
     """The caller's requests hold as many bytes as they may."""
+
+
+class BuildsFull(RetryableError):
+    """As many contexts are being made as may be."""
 
 
 class Unavailable(RetryableError):

@@ -43,6 +43,7 @@ TABLE: Mapping[type[Exception], tuple[int, str, str | None]] = {
     errors.QueueFull: (429, LIMIT, "rate_limit_exceeded"),
     errors.TooManyBatches: (429, LIMIT, "rate_limit_exceeded"),
     errors.BodiesFull: (429, LIMIT, "rate_limit_exceeded"),
+    errors.BuildsFull: (429, LIMIT, "rate_limit_exceeded"),
     errors.HeadersTooLarge: (431, INVALID, "headers_too_large"),
     errors.ServerFault: (500, SERVER, None),
     errors.NonFiniteEmbedding: (500, SERVER, "non_finite_embedding"),

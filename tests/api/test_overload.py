@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
+from app.builds import MOST
 from app.domain import TokenizedText
 from app.models.base import DeviceContext, TwoStageModel
 from app.models.loading import LoadedModel, load_model
@@ -209,6 +210,26 @@ def test_a_first_stage_that_others_wait_for_goes_on(bench: Bench) -> None:
         leaving.result(20)
     bench.model.open.set()
     assert (holding.result(20).status_code, staying.result(20).status_code) == (200, 200)
+
+
+def test_more_contexts_than_may_be_made_at_once_come_again_later(bench: Bench) -> None:
+    holding = bench.hold()
+
+    def begin(name: str) -> httpx.Response:
+        body = {"name": name, "documents": [f"a document of {name}"]}
+        return httpx.post(f"{bench.url}/v1/contexts", params={"wait": "false"}, json=body, timeout=20)
+
+    assert [begin(f"c{i}").status_code for i in range(MOST)] == [202] * MOST
+    refused = begin("one-more")
+    assert refused.status_code == 429
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert httpx.get(f"{bench.url}/v1/contexts/one-more").status_code == 404
+    bench.model.open.set()
+    assert holding.result(20).status_code == 200
+    bench.waits_until(lambda: bench.metric("cde_contexts_building") == 0)
+    assert begin("one-more").status_code == 202
 
 
 def test_few_texts_pass_many(bench: Bench) -> None:

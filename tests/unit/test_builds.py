@@ -11,10 +11,10 @@ import pytest
 
 from app import builds
 from app.building import ContextBuilder, Outcome, Plan
-from app.builds import Builds
+from app.builds import MOST, Builds
 from app.context_refs import parse_ref
-from app.domain import ContextStatus, Selection
-from app.errors import StoreError
+from app.domain import ContextStatus, Selection, Space
+from app.errors import BuildsFull, StoreError
 from app.registry import ServedModel
 from app.stores import faults
 from app.stores.base import LEASE_SECONDS, Begun
@@ -31,17 +31,21 @@ class Builder:
 
     def __init__(self) -> None:
         self.done = asyncio.Event()
+        self.plans: list[Plan] = []
 
-    async def build(self, *_: Any, **__: Any) -> Outcome:
+    async def build(self, _served: ServedModel, plan: Plan, *_: Any, **__: Any) -> Outcome:
+        self.plans.append(plan)
         await self.done.wait()
-        return Outcome(PLAN.id, arrays_of(1), PLAN.documents, PLAN.selection, PLAN.counts)
+        return Outcome(PLAN.id, arrays_of(1), plan.documents, PLAN.selection, PLAN.counts)
 
 
 @asynccontextmanager
-async def building(file: Path) -> AsyncIterator[tuple[Builds, Builder, SqlContextStore]]:
+async def building(
+    file: Path, *, keep_documents: bool = False
+) -> AsyncIterator[tuple[Builds, Builder, SqlContextStore]]:
     database = Database(f"sqlite:///{file}")
     store, builder = SqlContextStore(database), Builder()
-    made = Builds(cast(ContextBuilder, builder), store, database.threads, keep_documents=False)
+    made = Builds(cast(ContextBuilder, builder), store, database.threads, keep_documents=keep_documents)
     try:
         yield made, builder, store
     finally:
@@ -105,3 +109,53 @@ async def test_a_stop_does_not_wait_for_the_store(tmp_path: Path, caplog: pytest
         builder.done.set()
         await until_it_waits(caplog)
         await asyncio.wait_for(made.close(), 20)
+
+
+async def test_a_namespace_has_so_many_under_way_and_no_more(tmp_path: Path) -> None:
+    """What waits to be made takes memory for as long as it waits."""
+    theirs = Space("m", "theirs")
+    async with building(tmp_path / "c.sqlite3") as (made, builder, _):
+        begun = [await made.begin(ANY_MODEL, new_context(f"n{i}", i), PLAN) for i in range(MOST)]
+        with pytest.raises(BuildsFull) as refused:
+            await made.begin(ANY_MODEL, new_context("more", 99), PLAN)
+        assert refused.value.retry_after >= 1
+        with pytest.raises(BuildsFull):
+            made.check_room("")
+        await made.begin(ANY_MODEL, new_context("more", 99, theirs), PLAN)
+        builder.done.set()
+        await asyncio.gather(*(made.finished(info) for info, _ in begun))
+        for _ in range(MOST + 1):  # what is there takes no room
+            assert (await made.begin(ANY_MODEL, new_context("n1", 1), PLAN))[1] is Begun.THERE
+        assert (await made.begin(ANY_MODEL, new_context("more", 99), PLAN))[1] is Begun.OURS
+
+
+async def test_many_at_once_are_no_more(tmp_path: Path) -> None:
+    async with building(tmp_path / "c.sqlite3") as (made, _, store):
+        asked = (made.begin(ANY_MODEL, new_context(f"n{i}", i), PLAN) for i in range(3 * MOST))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(answer, BuildsFull) for answer in answers) == 2 * MOST
+        page = store.list_current("", "m", after=None, limit=100, newest_first=True)
+        assert page is not None
+        assert len(page.items) == MOST
+
+
+async def test_one_that_could_not_be_begun_takes_no_room(tmp_path: Path) -> None:
+    file = tmp_path / "c.sqlite3"
+    async with building(file) as (made, _, _):
+        await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        away = file.rename(tmp_path / "away")
+        for _ in range(MOST + 1):
+            with pytest.raises(StoreError):
+                await made.begin(ANY_MODEL, new_context("other", 2), PLAN)
+        away.rename(file)
+        assert (await made.begin(ANY_MODEL, new_context("other", 2), PLAN))[1] is Begun.OURS
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_documents_are_held_only_where_they_are_to_be_kept(tmp_path: Path, *, keep: bool) -> None:
+    async with building(tmp_path / "c.sqlite3", keep_documents=keep) as (made, builder, store):
+        info, _ = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        builder.done.set()
+        completed = await made.finished(info)
+        assert [plan.documents for plan in builder.plans] == [PLAN.documents if keep else None]
+        assert store.texts(completed) == (PLAN.documents if keep else None)
