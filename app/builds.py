@@ -22,7 +22,7 @@ from app.telemetry.metrics import CONTEXT_BUILDS, CONTEXTS_BUILDING
 
 log = logging.getLogger(__name__)
 
-MOST = 8
+MOST = 32
 """Versions of one namespace in progress at a time in this process: each holds its documents' tokens till it is done."""
 ROOM_SECONDS = 5.0
 """After which a build that found no room may."""
