@@ -260,7 +260,7 @@ def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
 
 def test_kill_9_in_the_middle(tmp_path: Path) -> None:
     """The next start completes it: every line has one answer, and what was stored is not computed again."""
-    count = 1500
+    count = 600
     process, url = start_process(tmp_path)
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         batch = create(client, upload(client, [line(f"id {i}", input=f"text {i}") for i in range(count)]))
