@@ -128,5 +128,5 @@ async def test_the_engines_times_become_spans(spans: InMemorySpanExporter) -> No
 def test_without_the_extra_the_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", ProxyTracerProvider)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"pip install 'cde-server\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[otel\]'"):
         create_app(TRACED)
