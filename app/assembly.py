@@ -10,6 +10,7 @@ from pathlib import Path
 from app.api.batches import LineAnswers
 from app.batches.runner import BatchRunner
 from app.batches.service import Batches
+from app.batches.work import BatchWork
 from app.building import ContextBuilder
 from app.catalog import Catalog
 from app.contexts import Contexts
@@ -83,7 +84,7 @@ def assemble(
     vectors = VectorCache(engine, max_bytes=limits.vector_cache_bytes)
     service = EmbeddingService(registry, contexts, vectors, tokenizing, policy)
     batches, files = SqlBatchStore(database), SqlFileStore(database)
-    runner = BatchRunner(
+    work = BatchWork(
         batches,
         files,
         threads,
@@ -91,6 +92,7 @@ def assemble(
         max_lines=limits.max_batch_lines,
         max_line_bytes=limits.max_line_bytes,
     )
+    runner = BatchRunner(batches, files, threads, work)
     return Parts(
         registry,
         engine,

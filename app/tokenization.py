@@ -76,8 +76,8 @@ class TextTokenizer:
         truncate: bool,
         most: float = math.inf,
     ) -> Iterator[list[TokenizedText]]:
-        """As `texts`, each piece when it is asked for. Raises TooManyTokens behind the piece with which they are, cut,
-        more than `most` tokens together."""
+        """As `texts`, each piece when it is asked for. Raises TooManyTokens, too, behind the piece with which they are,
+        cut, more than `most` tokens together."""
         return _within(most, self._texts(texts, input_type, default, truncate=truncate))
 
     def _texts(
@@ -99,15 +99,6 @@ class TextTokenizer:
         """The ids `texts` would give if there were no max length."""
         return [ids for piece in self._encoded(texts, input_type, default) for _, ids in piece]
 
-    def ids(
-        self, inputs: Sequence[Sequence[int]], input_type: InputType | None, default: InputType, *, truncate: bool
-    ) -> list[TokenizedText]:
-        """Ids of this tokenizer. A list in special tokens is taken as it is; else prompt and special tokens are added.
-
-        Raises InvalidRequest for an id outside the vocabulary, ContextLengthExceeded as `texts` does.
-        """
-        return list(chain.from_iterable(self.ids_in_pieces(inputs, input_type, default, truncate=truncate)))
-
     def ids_in_pieces(
         self,
         inputs: Sequence[Sequence[int]],
@@ -117,7 +108,11 @@ class TextTokenizer:
         truncate: bool,
         most: float = math.inf,
     ) -> Iterator[list[TokenizedText]]:
-        """As `ids`, as `texts_in_pieces` is to `texts`."""
+        """Ids of this tokenizer, each piece when it is asked for. A list in special tokens is taken as it is; else
+        prompt and special tokens are added.
+
+        Raises InvalidRequest for an id outside the vocabulary, and what `texts_in_pieces` raises.
+        """
         return _within(most, self._ids(inputs, input_type or default, truncate=truncate))
 
     def _ids(

@@ -10,7 +10,6 @@ import socket
 import uuid
 from contextlib import suppress
 
-from app.batches.answering import Answers
 from app.batches.work import BatchWork, Run
 from app.errors import ShuttingDown, StoreError
 from app.stores.batch_base import LeaseLost
@@ -19,7 +18,6 @@ from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
 
 log = logging.getLogger(__name__)
-
 
 LOOK_SECONDS = 2.0
 """Between two looks for batches that other processes took in or left."""
@@ -31,20 +29,11 @@ AT_ONCE = 4
 class BatchRunner:
     """For one event loop."""
 
-    def __init__(
-        self,
-        store: SqlBatchStore,
-        files: SqlFileStore,
-        threads: StoreThreads,
-        answers: Answers,
-        *,
-        max_lines: int,
-        max_line_bytes: int,
-    ) -> None:
+    def __init__(self, store: SqlBatchStore, files: SqlFileStore, threads: StoreThreads, work: BatchWork) -> None:
         self._store = store
         self._files = files
         self._threads = threads
-        self._work = BatchWork(store, files, threads, answers, max_lines=max_lines, max_line_bytes=max_line_bytes)
+        self._work = work
         self._woken = asyncio.Event()
         self._sweeping: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the name each claims batches under
@@ -83,9 +72,9 @@ class BatchRunner:
         while True:
             self._woken.clear()  # before the look: what comes during it counts
             try:
-                batch = await self._threads.write(self._store.claim, owner)
-                if batch is not None:
-                    await self._work.carry_through(Run(batch, owner))
+                claim = await self._threads.write(self._store.claim, owner)
+                if claim is not None:
+                    await self._work.carry_through(Run(claim, owner))
                     continue
             except LeaseLost:
                 log.warning("a batch was taken over by another process")

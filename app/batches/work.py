@@ -10,7 +10,7 @@ from app.batches.answering import Answers, answered, given_up
 from app.batches.lines import Line, LineTooLong, checked, unanswered
 from app.batches.window import WINDOW_LINES, Window
 from app.errors import ServerFault, StoreError
-from app.stores.batch_base import BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
+from app.stores.batch_base import BatchInfo, BatchStatus, Claim, LeaseLost, LineResult, Problem
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
@@ -34,13 +34,17 @@ LAST_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A batch in the hands of `owner`. `stopped`: it is cancelled or lost. `crowded`: another namespace is to have its
-    place."""
+    """A claimed batch in the hands of `owner`. `stopped`: it is cancelled or lost. `crowded`: another namespace is to
+    have its place."""
 
-    batch: BatchInfo
+    claim: Claim
     owner: str
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     crowded: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def batch(self) -> BatchInfo:
+        return self.claim.batch
 
     @property
     def id(self) -> str:
@@ -123,7 +127,7 @@ class BatchWork:
         is another namespace's turn."""
         done_before = await self._threads.read(self._store.answered, run.id)
         lines = unanswered(self._files.chunks(run.batch.input_file_id), done_before, self._max_line_bytes)
-        if run.batch.orphaned:
+        if run.claim.orphaned:
             await self._one_by_one(run, lines)
         window, running = Window(lines), set[Task]()
         try:

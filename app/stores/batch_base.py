@@ -50,7 +50,7 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
     """A batch. `times`: when it came into each state, by OpenAI's names (`in_progress_at`, …). `output_seconds`: what
-    its output files have to live; None: for ever. `orphaned`: as it was claimed, its last owner had died."""
+    its output files have to live; None: for ever."""
 
     id: str
     namespace: str
@@ -68,7 +68,14 @@ class BatchInfo:
     problems: Sequence[Problem] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     output_seconds: int | None = None
-    orphaned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A batch that is its owner's now. `orphaned`: its last owner has died."""
+
+    batch: BatchInfo
+    orphaned: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 from zlib import crc32
 
@@ -13,6 +13,7 @@ from app.stores.batch_base import (
     UNFINISHED,
     BatchInfo,
     BatchStatus,
+    Claim,
     LeaseLost,
     LineResult,
     Listing,
@@ -36,7 +37,6 @@ class SqlBatchStore:
         """False where its input file is gone; from then on that is not deleted."""
         values = asdict(batch) | {"status": batch.status.value, "owner": None, "beat_at": 0.0}
         values["problems"] = [asdict(problem) for problem in batch.problems]
-        del values["orphaned"]
         file = select(files.c.seq).where(files.c.id == batch.input_file_id, is_there()).with_for_update(read=True)
 
         def work(connection: Connection) -> bool:
@@ -82,13 +82,13 @@ class SqlBatchStore:
 
         return self._database.write(work)
 
-    def claim(self, owner: str) -> BatchInfo | None:
+    def claim(self, owner: str) -> Claim | None:
         """An unfinished batch that nobody else alive runs: the oldest one of the namespaces of which fewest are run,
-        and of those the one that has not been run for longest. It is `owner`'s now, or still."""
+        and of those the one that has not been run for longest."""
         with self._database.reading() as connection:
             order = claiming.order(connection, owner)
         row = self._database.write(lambda connection: claiming.take(connection, order, owner)) if order else None
-        return None if row is None else replace(_info(row), orphaned=row["owner"] not in (None, owner))
+        return None if row is None else Claim(_info(row), orphaned=row["owner"] not in (None, owner))
 
     def is_crowded(self, owner: str, namespace: str, *, by: int) -> bool:
         """Whether a batch waits of a namespace of which fewer are run than of this one, whose batch `owner` runs: fewer
@@ -219,6 +219,6 @@ def _output(connection: Connection, row: RowMapping, *, ok: bool) -> str:
 
 
 def _info(row: RowMapping) -> BatchInfo:
-    fields = {name: row[name] for name in BatchInfo.__dataclass_fields__ if name != "orphaned"}
+    fields = {name: row[name] for name in BatchInfo.__dataclass_fields__}
     fields |= {"status": BatchStatus(row["status"]), "problems": tuple(Problem(**p) for p in row["problems"])}
     return BatchInfo(**fields)

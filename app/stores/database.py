@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
@@ -128,6 +128,12 @@ def connect(url: str) -> Engine:
     try:
         _migrate(parsed)
         return _opened(parsed)
+    except CommandError as error:  # alembic does not know the version they are of
+        raise StoreError(
+            f"The context store's tables are not of a version that this cde-server, which works with "
+            f"{newest_migration()}, can bring up to date ({error}): a newer one has been here. Start that one, or put "
+            f"back the backup from before the upgrade."
+        ) from error
     except (SQLAlchemyError, OSError, ImportError) as error:
         raise not_opened(parsed, error) from error
 
@@ -152,7 +158,7 @@ def is_conflict(error: SQLAlchemyError) -> bool:
 
 def _migrate(url: URL) -> None:
     """Makes the database where it is a file, and runs the migrations that are still to run. Raises SQLAlchemyError,
-    OSError, ImportError, StoreError."""
+    OSError, ImportError, CommandError."""
     file = sqlite.file_of(url)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -164,20 +170,7 @@ def _migrate(url: URL) -> None:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         config.attributes["connection"] = connection
-        _check_age(connection, config)
         command.upgrade(config, "head")
-
-
-def _check_age(connection: Connection, config: Config) -> None:
-    """Raises StoreError for the tables of a version after this one."""
-    scripts = ScriptDirectory.from_config(config)
-    found = MigrationContext.configure(connection).get_current_revision()
-    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
-        raise StoreError(
-            f"The context store's tables are of version {found}, and this cde-server works with "
-            f"{scripts.get_current_head()}: a newer one has been here. Start that one, or put back the backup from "
-            f"before the upgrade."
-        )
 
 
 def newest_migration() -> str | None:

@@ -9,7 +9,7 @@ from sqlalchemy import insert, select, update
 
 from app.batches.lines import LineTooLong, checked, numbered
 from app.errors import StoreError
-from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, LeaseLost, LineResult, Problem
+from app.stores.batch_base import LEASE_SECONDS, BatchInfo, BatchStatus, Claim, LeaseLost, LineResult, Problem
 from app.stores.batch_tables import batch_lines, file_chunks
 from app.stores.batch_tables import files as file_table
 from app.stores.batches import SqlBatchStore
@@ -52,7 +52,7 @@ def test_a_batch_goes_its_way(store: SqlBatchStore, files: SqlFileStore) -> None
     batch = add(store)
     assert store.get("", batch.id) == batch
     assert store.get("other", batch.id) is None
-    assert store.claim("me") == batch
+    assert store.claim("me") == Claim(batch, orphaned=False)
     assert store.claim("you") is None
     assert store.begin(batch.id, "me", 3) is BatchStatus.IN_PROGRESS
     assert store.record(batch.id, "me", lines(3, 1)) is BatchStatus.IN_PROGRESS
@@ -172,7 +172,7 @@ def test_namespaces_whose_batches_are_not_run_go_first(store: SqlBatchStore) -> 
     for name, namespace in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("c1", "c"), ("a4", "a")):
         add(store, name, namespace)
     claimed = [store.claim(f"runner {i}") for i in range(6)]
-    assert [batch.id for batch in claimed if batch is not None] == ["a1", "b1", "c1", "a2", "a3", "a4"]
+    assert [claim.batch.id for claim in claimed if claim is not None] == ["a1", "b1", "c1", "a2", "a3", "a4"]
 
 
 def test_of_namespaces_with_as_many_running_the_one_that_waited_longest_goes_first(
@@ -185,7 +185,7 @@ def test_of_namespaces_with_as_many_running_the_one_that_waited_longest_goes_fir
         monkeypatch.setattr(time, "time", lambda i=i: now + i)
         claimed = store.claim("me")
         assert claimed is not None
-        turns.append(claimed.id)
+        turns.append(claimed.batch.id)
         store.release(["me"])
     assert turns == ["a", "b", "c"] * 2
 

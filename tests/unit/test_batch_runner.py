@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from app.batches import work
+from app.batches import work as batch_work
 from app.batches.answering import ATTEMPTS
 from app.batches.runner import AT_ONCE, BatchRunner
 from app.batches.window import WINDOW_BYTES
-from app.batches.work import DEADLY
+from app.batches.work import DEADLY, BatchWork
 from app.errors import OutOfDeviceMemory, QueueFull, ServiceError
 from app.stores.batch_base import BatchInfo, BatchStatus
 from app.stores.batch_tables import batches, file_chunks
@@ -78,9 +78,10 @@ async def running(
 ) -> AsyncIterator[Bench]:
     database = Database(f"sqlite:///{path / 'b.sqlite3'}")
     bench = Bench(database)
-    runner = BatchRunner(
+    work = BatchWork(
         bench.store, bench.files, database.threads, Answers(answer), max_lines=1000, max_line_bytes=max_line_bytes
     )
+    runner = BatchRunner(bench.store, bench.files, database.threads, work)
     bench.wake = runner.wake
     runner.start()
     try:
@@ -309,8 +310,8 @@ async def test_a_namespace_with_long_batches_keeps_no_other_one_out(
 ) -> None:
     """One of four gives its place to the second namespace at once, and to a fifth, sixth in their turn; it goes on
     afterwards, and no line is answered twice."""
-    monkeypatch.setattr(work, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(work, "TURN_SECONDS", 0.3)
+    monkeypatch.setattr(batch_work, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(batch_work, "TURN_SECONDS", 0.3)
     seen: Counter[str] = Counter()
     small_done = asyncio.Event()
 

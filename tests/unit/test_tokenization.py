@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ both = pytest.mark.parametrize("golden", [V1, V2])
 @cache
 def tokenizer(golden: str, max_length: int = 512) -> TextTokenizer:
     return TextTokenizer(GOLDENS / golden / "tokenizer.json", prompts=PROMPTS, max_length=max_length)
+
+
+def of_ids(
+    tokenizer: TextTokenizer,
+    inputs: Sequence[Sequence[int]],
+    kind: InputType | None,
+    default: InputType,
+    *,
+    truncate: bool,
+) -> list[TokenizedText]:
+    return list(chain.from_iterable(tokenizer.ids_in_pieces(inputs, kind, default, truncate=truncate)))
 
 
 @cache
@@ -220,7 +232,7 @@ def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
 def test_ids_of_too_many_tokens(golden: str) -> None:
     limited, inputs = tokenizer(golden, 16), [list(range(9, 509)) * 2] * 500
     found = list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500))
-    assert [text for piece in found for text in piece] == limited.ids(inputs, NONE, NONE, truncate=True)
+    assert [text for piece in found for text in piece] == of_ids(limited, inputs, NONE, NONE, truncate=True)
     assert len(found) > 1
     with pytest.raises(TooManyTokens):
         list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500 - 1))
@@ -312,7 +324,7 @@ def test_lone_surrogates(golden: str, sent: str, meant: str) -> None:
 
 
 def as_ids(golden: str, inputs: Sequence[Sequence[int]], kind: InputType | None = None) -> list[TokenizedText]:
-    return tokenizer(golden).ids(inputs, kind, DOCUMENT, truncate=True)
+    return of_ids(tokenizer(golden), inputs, kind, DOCUMENT, truncate=True)
 
 
 @both
@@ -374,7 +386,7 @@ def test_ids_are_cut_as_texts_are(golden: str) -> None:
     (framed,) = as_ids(golden, [[first, *[7] * 600, last]])
     assert framed.input_ids == cut.input_ids
     with pytest.raises(ContextLengthExceeded, match=r"512 tokens, however you requested 602 tokens .*input\[0\]"):
-        tokenizer(golden).ids([[7] * 600], NONE, NONE, truncate=False)
+        of_ids(tokenizer(golden), [[7] * 600], NONE, NONE, truncate=False)
 
 
 # --- threads -------------------------------------------------------------------------------------------------------
@@ -393,7 +405,7 @@ def test_eight_threads(golden: str) -> None:
         return (
             shared.texts(some, kind, DOCUMENT, truncate=True),
             short.texts(some, kind, DOCUMENT, truncate=True),
-            shared.ids([[7] * (i % 700)], kind, DOCUMENT, truncate=True),
+            of_ids(shared, [[7] * (i % 700)], kind, DOCUMENT, truncate=True),
             shared.uncut(some, kind, DOCUMENT),
             shared.id_of(": "),
         )
