@@ -3,12 +3,10 @@
 `mkldnn::_linear_pointwise` runs on a weight reordered once into oneDNN's blocked layout, with an activation, a product
 or a sum in the same pass; `onednn::qlinear_pointwise` does so in int8. torch.compile's CPU backend emits the same calls
 (torch/_inductor/mkldnn_lowerings.py). They are private, and what they can do depends on the CPU: `trials` tries them
-before they are used.
-
-T rows, K inputs, N outputs of a layer.
+before they are used. T rows, K inputs, N outputs of a layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -50,6 +48,12 @@ class Kernels:
         computed = "int8" if self.precision == "int8" else str(self.compute).removeprefix("torch.")
         sums = " with sums of pairs in int16" if self.int16_pairs else ""
         return f"{self.linear} products in {computed}{sums}, {self.attention} attention, {self.pointwise} in between"
+
+    @property
+    def behind_attention(self) -> "Kernels":
+        """For the product behind attention: float32 where int8's weights are made small. What attention gives is much
+        alike in all rows, so that this product's rounding is too, and no mean over rows takes it away again."""
+        return replace(self, precision="float32", linear="torch", int16_pairs=False) if self.int16_pairs else self
 
     def __post_init__(self) -> None:
         if self.attention == "varlen" and self.row_multiple > 1:

@@ -106,7 +106,7 @@ class ModernBlock(Block):
 
     def prepare(self, kernels: Kernels, *, last: bool) -> None:
         self.attn.prepare(kernels, split=last)
-        self.attn.Wo.prepare(kernels)
+        self.attn.Wo.prepare(kernels.behind_attention)
         self.mlp.prepare(kernels)
 
     def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:

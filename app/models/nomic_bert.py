@@ -96,7 +96,8 @@ class NomicBlock(Block):
 
     def prepare(self, kernels: Kernels, *, last: bool) -> None:
         self.attn.prepare(kernels, split=last)
-        for dense in (self.attn.out_proj, self.mlp.fc11, self.mlp.fc12, self.mlp.fc2):
+        self.attn.out_proj.prepare(kernels.behind_attention)
+        for dense in (self.mlp.fc11, self.mlp.fc12, self.mlp.fc2):
             dense.prepare(kernels)
 
     def forward(self, x: Tensor, projected: Projected, layout: Layout) -> Sum:

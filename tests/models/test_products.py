@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
+from torch.nn import functional as F
 
+from app.bench.models import load_checkpoint, random_texts
 from app.models import kernels, tuning
 from app.models.kernels import (
     ZERO_POINT,
@@ -24,9 +26,10 @@ from app.models.kernels import (
     quantize_rows,
     quantize_weight,
 )
+from app.models.loading import LoadOptions
 from app.models.trials import product_is_right
 from app.models.tuning import fastest, onednn
-from tests.models.conftest import GOLDENS
+from tests.models.conftest import GOLDENS, random_weights
 
 CPU = torch.device("cpu")
 INT16 = torch.iinfo(torch.int16)
@@ -111,6 +114,25 @@ def test_int8_products_are_exact(rows: Any, weight: Any) -> None:
     expected = seen.double() @ (values.double() * scales.double()[:, None]).T
     largest = float(x.abs().max() * w.abs().max())
     np.testing.assert_allclose(dense(operand), expected, rtol=1e-5, atol=1e-4 * largest)
+
+
+@pytest.mark.skipif(not onednn("int8", torch.float32), reason="this torch has no oneDNN")
+def test_float32_behind_attention_makes_up_for_smaller_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = random_texts("v1", [128] * 4)
+
+    def vectors(used: Kernels) -> Tensor:
+        options = LoadOptions(dtype=used.precision, device="cpu", kernels=used)
+        with torch.inference_mode():
+            found = load_checkpoint(random_weights("v1"), options).first_stage(documents, [{}] * len(documents))
+        return F.normalize(found.double(), dim=-1)
+
+    def away(rounded: Tensor) -> float:
+        return float(1 - (exact * rounded).sum(dim=-1).min())
+
+    exact, pairs = vectors(Kernels()), Kernels("int8", "onednn", int16_pairs=True)
+    finer = away(vectors(pairs))
+    monkeypatch.setattr(Kernels, "behind_attention", property(lambda kernels: kernels))
+    assert 0 < finer < 0.6 * away(vectors(pairs))
 
 
 OF_GOLDENS = """
