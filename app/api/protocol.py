@@ -16,9 +16,10 @@ from contextlib import suppress
 from http import HTTPStatus
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.openai_errors import TABLE, response_of
+from app.api.upgrades import WithoutUpgrades
 from app.errors import HeadersTooLarge, InvalidRequest, RequestTimeout, ServiceError, TooManyConnections
 from app.settings import LimitSettings
 from app.telemetry.metrics import CONNECTIONS_CUT
@@ -34,7 +35,7 @@ SPARE_CONNECTIONS = 64
 PROBES = (b"/health", b"/health/live", b"/ready", b"/health/ready", b"/metrics")
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(WithoutUpgrades):
     """One connection. A subclass says with which limits."""
 
     limits: LimitSettings
@@ -71,9 +72,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._unparsed += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # there is nothing to upgrade to; the request is answered as any other
+            self.feed(data)
         except httptools.HttpParserError:
             self._refuse(self._refusal or InvalidRequest("This is not HTTP/1.1 as it should be. Check the client."))
         else:
@@ -94,6 +93,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.is_offer():
+            return
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.max_header_bytes:
             self._stop(self._headers_too_large())
@@ -112,6 +113,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.is_offer():
+            return
         super().on_message_complete()
         self._in_head = True
         self._unparsed = 0

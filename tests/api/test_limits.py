@@ -155,6 +155,39 @@ def test_nothing_is_upgraded_to(strict: str, upgrade: bytes) -> None:
     assert (answer.status, answer.code) == (404, "unknown_url")
 
 
+# As Java's HttpClient sends it with everything, unless it is told not to.
+OFFER = (
+    b"Connection: Upgrade, HTTP2-Settings",
+    b"Upgrade: h2c",
+    b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 40])
+def test_a_request_that_offers_http2_keeps_its_body(strict: str, pieces: int) -> None:
+    body = json.dumps({"model": V1, "input": ["x", "y"]}).encode()
+    plain = post(body, *OFFER)
+    chunked = post(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), *OFFER, b"Transfer-Encoding: chunked")
+    sent = plain + chunked.replace(b"Content-Length: ", b"X-Length: ") + plain + LAST
+    head = sent.index(b"\r\n\r\n") + 4
+    cuts = [0, head] if pieces == 2 else [len(sent) * i // pieces for i in range(pieces)]
+    with connected(strict) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in zip(cuts, [*cuts[1:], len(sent)], strict=True):
+            connection.sendall(sent[start:end])
+            time.sleep(0.01)
+        answers = rest(connection)
+    assert [answer.status for answer in answers] == [200] * 4
+    assert [len(json.loads(answer.body)["data"]) for answer in answers[:3]] == [2] * 3
+
+
+def test_an_offer_changes_no_limit(strict: str) -> None:
+    refused(exchange(strict, post(b"{}", *OFFER, b"X-Long: " + b"a" * 70_000)), 431, "headers_too_large")
+    answers = exchange(strict, post(b"{}", *OFFER) * 500)
+    assert [answer.status for answer in answers] == [400] * (protocol.MAX_PIPELINED + 1)
+    refused(exchange(strict, b"CONNECT here:80 HTTP/1.1\r\n" + HOST + b"\r\n"), 400, None)
+
+
 @pytest.mark.parametrize("host", [b"[", b"a:b:c", b"", b"\xff", b"http://x/"])
 def test_any_host_is_as_good(strict: str, host: bytes) -> None:
     for path in (b"/none", b"/v1/contexts/none", b"/health"):
