@@ -163,9 +163,10 @@ class TextTokenizer:
         return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)
 
     def _exceeded(self, what: str, where: str) -> ContextLengthExceeded:
+        # OpenAI's words to the letter: Elasticsearch knows by the second sentence that it should send less.
         return ContextLengthExceeded(
             f"This model's maximum context length is {self._max_length} tokens, however you {what} ({where}). Please "
-            f"reduce your input, or send truncate = end to have it cut.",
+            f"reduce your prompt; or completion length. Or send truncate = end to have it cut.",
             param="input",
         )
 

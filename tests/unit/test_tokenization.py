@@ -178,6 +178,7 @@ def test_the_limit_to_the_token(golden: str) -> None:
     message = caught.value.message
     assert "This model's maximum context length is 512 tokens, however you requested 513 tokens" in message
     assert "input[1]" in message
+    assert "Please reduce your prompt; or completion length." in message  # looked for by Elasticsearch, which then cuts
     assert "truncate = end" in message
     assert '"' not in message  # Python clients show the error as a dict's repr, and some look for the first words in it
     assert caught.value.param == "input"
