@@ -1,6 +1,7 @@
 """The use case behind `/v1/embeddings`: names -> model and context, tokens -> the engine, vectors -> the answer."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -136,14 +137,18 @@ class EmbeddingService:
         self, request: EmbedRequest, served: ServedModel, input_type: InputType | None
     ) -> list[TokenizedText]:
         """Raises InvalidRequest and its kin."""
-        tokenizer, default, most = served.tokenizer, served.spec.default_input_type, self._policy.max_tokens
+        tokenizer, default = served.tokenizer, served.spec.default_input_type
+        most: float = self._policy.max_tokens
         cut = (request.truncate or self._policy.truncate) == "end"
         texts, ids = request.texts, request.token_ids or ()
         if texts is None and self._policy.integers == "model":
             size = sum(map(len, ids))
             pieces = tokenizer.ids_in_pieces(ids, input_type, default, truncate=cut, most=most)
         else:
-            texts = await self._decoded(ids) if texts is None else texts
+            if texts is None:
+                # Clients that cut their requests by tokens count those that they send.
+                most = math.inf if sum(map(len, ids)) <= most else most
+                texts = await self._decoded(ids)
             size = sum(map(len, texts))
             pieces = tokenizer.texts_in_pieces(texts, input_type, default, truncate=cut, most=most)
         return await self.threads.run(pieces, size, request.caller.client)

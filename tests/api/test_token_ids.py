@@ -1,6 +1,7 @@
 """Token ids as LangChain sends them: lists of cl100k_base ids, base64, and "" for a text of no tokens."""
 
 import base64
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -12,7 +13,7 @@ from app.token_ids import Cl100k, VocabularyMissing
 from tests.api.test_errors import check
 from tests.compare import assert_same
 from tests.conftest import BUILTIN
-from tests.live import V1
+from tests.live import V1, live_server
 from tests.unit.test_token_ids import OUTSIDE, TEXTS
 from tests.vocabulary import needs_vocabulary
 
@@ -43,6 +44,21 @@ def test_ids_outside_the_vocabulary_are_a_400(http: httpx.Client) -> None:
             check(response, 400, None, "input", "input[1]", "cl100k_base")
         else:
             assert response.status_code == 400
+
+
+@needs_vocabulary
+def test_a_request_is_as_large_as_its_ids_are_many(data_dir: Path) -> None:
+    """LangChain sends at most 300,000 of them, whatever the model makes of them."""
+    encoding = tiktoken.get_encoding("cl100k_base")
+    texts = ["Договор вступает в силу с момента подписания."] * 3
+    ids = [encoding.encode_ordinary(text) for text in texts]
+    limit = sum(map(len, ids))
+    with live_server(data_dir, (BUILTIN,), limits={"max_tokens_per_request": limit}) as url:
+        taken = httpx.post(f"{url}/v1/embeddings", json={"model": BUILTIN, "input": ids})
+        assert taken.json()["usage"]["prompt_tokens"] > limit
+        for refused in (texts, [*ids, [791]]):
+            response = httpx.post(f"{url}/v1/embeddings", json={"model": BUILTIN, "input": refused})
+            check(response, 400, "max_tokens_per_request", "input", f"at most {limit}")
 
 
 def test_langchains_empty_text_is_a_400(http: httpx.Client) -> None:
