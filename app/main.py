@@ -80,6 +80,7 @@ def application(server: Server) -> ASGIApp:
             allow_origins=list(settings.server.cors_origins),
             allow_methods=["*"],
             allow_headers=["*", "Authorization"],
+            allow_private_network=True,  # a public page asks for it where this server is in a private network
             expose_headers=[
                 "Retry-After",
                 "retry-after-ms",

@@ -127,6 +127,9 @@ def test_cors_is_off_unless_set(http: httpx.Client, data_dir: Path) -> None:
         allowed = httpx.options(f"{url}/v1/embeddings", headers=headers)
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        private = {**headers, "Access-Control-Request-Private-Network": "true"}
+        allowed = httpx.options(f"{url}/v1/embeddings", headers=private)
+        assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
         readable = httpx.get(f"{url}/health", headers=headers).headers["access-control-expose-headers"]
         for name in ("retry-after", "x-request-id", "x-context-id", "x-truncated-inputs", "warning"):
             assert name in readable.lower().split(", ")
