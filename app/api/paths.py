@@ -26,6 +26,8 @@ class Trimmed:
 
 
 def meant(path: str) -> str | None:
-    """What a client of OpenAI's asks for where its base URL lacks /v1, or has it twice; None for anything else."""
-    right = re.sub("^(/v1)*", "/v1", path)
-    return right if right != path and right.split("/")[2] in RESOURCES else None
+    """What a client of OpenAI's asks for where its base URL lacks /v1, has it twice, or has a slash too many; None for
+    anything else."""
+    right = re.sub("^(/v1)*", "/v1", re.sub("//+", "/", path))
+    resource = right.removeprefix("/v1/").partition("/")[0]
+    return right if right != path and resource in RESOURCES else None

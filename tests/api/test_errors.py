@@ -125,6 +125,8 @@ def test_wrong_media_type(http: httpx.Client) -> None:
     [
         ("GET", "/nothing", 404, "unknown_url"),
         ("GET", "/v1/nothing", 404, "unknown_url"),
+        ("GET", "/v1", 404, "unknown_url"),
+        ("GET", "/v1/v1", 404, "unknown_url"),
         ("POST", "/v1/embedding", 404, "unknown_url"),
         ("GET", "/v1/embeddings", 405, "method_not_supported"),
         ("PATCH", "/v1/contexts", 405, "method_not_supported"),
@@ -137,9 +139,12 @@ def test_unknown_paths_and_methods(http: httpx.Client, method: str, path: str, s
     assert ("allow" in response.headers) == (status == 405)
 
 
-@pytest.mark.parametrize("path", ["/embeddings", "/v1/v1/embeddings", "/embeddings/"])
-def test_a_base_url_that_lacks_v1_or_has_it_twice_is_guessed(http: httpx.Client, path: str) -> None:
-    check(http.post(path, json={}), 404, "unknown_url", None, "Did you mean /v1/embeddings?")
+@pytest.mark.parametrize(
+    "path", ["/embeddings", "/v1/v1/embeddings", "/embeddings/", "/v1//embeddings", "//v1/embeddings"]
+)
+def test_a_base_url_that_is_not_quite_right_is_guessed(http: httpx.Client, path: str) -> None:
+    url = f"{str(http.base_url).rstrip('/')}{path}"
+    check(http.post(url, json={}), 404, "unknown_url", None, "Did you mean /v1/embeddings?")
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/v1/contexts//", "/health/", "/", "/ready/", "/docs/"])
