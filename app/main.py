@@ -74,7 +74,10 @@ def application(server: Server) -> ASGIApp:
     openai_errors.install(app)
     openapi.install(app)
     app.add_middleware(Delivery, limits=settings.limits)
-    if settings.server.cors_origins:
+    app.add_middleware(Intake, limits=settings.limits)
+    app.add_middleware(Trimmed)
+    app.add_middleware(LastNet)
+    if settings.server.cors_origins:  # around the last net: a browser shows a page no answer without these headers
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.server.cors_origins),
@@ -89,7 +92,4 @@ def application(server: Server) -> ASGIApp:
                 *openapi.OF_EMBEDDINGS,
             ],
         )
-    app.add_middleware(Intake, limits=settings.limits)
-    app.add_middleware(Trimmed)
-    app.add_middleware(LastNet)
     return Envelope(Farewell(app, server), tracing)

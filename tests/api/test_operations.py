@@ -135,6 +135,24 @@ def test_cors_is_off_unless_set(http: httpx.Client, data_dir: Path) -> None:
             assert name in readable.lower().split(", ")
 
 
+def test_a_browser_may_read_every_refusal(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    origin = {"Origin": "https://a.example"}
+    compressed = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    with live_server(data_dir, server={"cors_origins": [origin["Origin"]]}) as url:
+        monkeypatch.setattr("app.api.operations.model_body", broken)
+        for status, answer in (
+            (500, httpx.get(f"{url}/v1/models", headers=origin)),
+            (415, httpx.post(f"{url}/v1/embeddings", content=b"{}", headers=origin | compressed)),
+            (404, httpx.get(f"{url}/none", headers=origin)),
+        ):
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin["Origin"]
+            assert "x-request-id" in answer.headers
+
+
 def test_the_openapi_page_is_whole(http: httpx.Client) -> None:
     page = http.get("/openapi.json").json()
     schemas = page["components"]["schemas"]
