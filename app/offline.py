@@ -24,6 +24,7 @@ from app.tokenizer_threads import TokenizerThreads
 CHUNK = 256
 IN_FLIGHT = 3
 """Chunks tokenized ahead of the device."""
+STOP_SECONDS = 60.0
 
 
 class Offline:
@@ -51,7 +52,10 @@ class Offline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.engine.stop(timeout=0.0 if error else 60.0)
+        if error is not None:
+            self.engine.stop(timeout=0.0)  # what waits is given up
+        # What runs is waited for in any case: an interpreter that ends beneath a forward aborts the process.
+        self.engine.stop(timeout=STOP_SECONDS)
 
     @property
     def spec(self) -> ModelSpec:
