@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -53,13 +54,23 @@ def read_records(path: Path) -> Iterator[Record]:
 
     Raises BadCorpus, OSError.
     """
+    for row in _rows(path):
+        yield row.record
+
+
+def place_of(path: Path, index: int) -> str:
+    """Where in a file the record number `index`, from 0, stands. Raises BadCorpus, OSError."""
+    row = next(islice(_rows(path), index, None), None)
+    return row.where if row else str(path)
+
+
+def _rows(path: Path) -> Iterator[Row]:
     if path.is_dir():
         raise BadCorpus(f"{path}: this is a folder; name a file of texts: {', '.join(TEXT_SUFFIXES)}")
     if not path.exists():
         raise BadCorpus(f"{path}: there is no such file, seen from {Path.cwd()}")
     with path.open("rb") as file:
-        for row in read_rows(file, str(path)):
-            yield row.record
+        yield from read_rows(file, str(path))
 
 
 def read_rows(file: BinaryIO, name: str, *, first: int = 0, at: int = 0, columns: Sequence[str] = ()) -> Iterator[Row]:

@@ -7,7 +7,10 @@ The output itself appears at the end, at once.
 
 import fcntl
 import hashlib
+import io
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -16,7 +19,6 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from app.corpora import BadCorpus, Record, read_records
 from app.domain import FloatArray
@@ -52,7 +54,10 @@ class PartialVectors:
         except BlockingIOError:
             self._file.close()
             raise BadCorpus(f"{output}: another process is writing it; wait for it, or choose another output") from None
+        self.thrown_away = 0
+        """Rows of an earlier run that made something else."""
         if not self._label.is_file() or self._label.read_bytes() != label:
+            self.thrown_away = self._raw.stat().st_size // (4 * dimensions)
             self._file.truncate(0)
             self._label.write_bytes(label)
         self.done = self._raw.stat().st_size // (4 * dimensions)
@@ -62,37 +67,80 @@ class PartialVectors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # on a full disk, once more: what counts was flushed
+            self._file.close()
 
     def extend(self, chunks: Iterator[FloatArray], advance: Callable[[int], None]) -> None:
+        """Raises OSError."""
         for chunk in chunks:
-            self._file.write(np.ascontiguousarray(chunk, dtype="<f4").tobytes())
-            self._file.flush()
+            with _named(self._raw):
+                self._file.write(np.ascontiguousarray(chunk, dtype="<f4").tobytes())
+                self._file.flush()
             self.done += len(chunk)
             advance(len(chunk))
 
+    def discard(self) -> None:
+        """Rows that are of texts no longer there."""
+        self._label.unlink()
+        self._file.truncate(0)
+
     def finish(self, records: Iterator[Record]) -> None:
-        """Writes the output from the raw rows and the ids of `records`, then removes the partial files."""
-        vectors: FloatArray = np.empty((0, self._dimensions), np.float32)
-        if self.done:
-            vectors = np.memmap(self._raw, dtype="<f4", mode="r", shape=(self.done, self._dimensions))
+        """Writes the output from the raw rows and the ids of `records`, then removes the partial files.
+
+        Raises OSError; the raw rows are then still there for another try.
+        """
         target = self._output.with_name(self._output.name + ".writing")
-        suffix = self._output.suffix.lower()
-        if suffix == ".npy":
-            with target.open("wb") as file:
-                np.save(file, vectors, allow_pickle=False)
-        elif suffix == ".safetensors":
-            save_file({"embeddings": np.ascontiguousarray(vectors)}, target)
-        elif suffix == ".jsonl":
-            with target.open("wb") as file:
-                for record, row in zip(records, vectors, strict=True):
-                    line = {"_id": record.id, "embedding": np.asarray(row)}
-                    file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
-        else:
-            _write_parquet(target, records, vectors)
-        target.replace(self._output)
+        try:
+            with _named(self._output):
+                self._write(target, records)
+                target.replace(self._output)
+        finally:
+            target.unlink(missing_ok=True)
         self._raw.unlink()
         self._label.unlink()
+
+    def _write(self, target: Path, records: Iterator[Record]) -> None:
+        suffix, shape = self._output.suffix.lower(), (self.done, self._dimensions)
+        if suffix in (".npy", ".safetensors"):
+            with target.open("wb") as file, self._raw.open("rb") as rows:
+                file.write(_npy_header(shape) if suffix == ".npy" else _safetensors_header(shape))
+                shutil.copyfileobj(rows, file)
+            return
+        vectors: FloatArray = np.empty((0, self._dimensions), np.float32)
+        if self.done:
+            vectors = np.memmap(self._raw, dtype="<f4", mode="r", shape=shape)
+        if suffix == ".parquet":
+            _write_parquet(target, records, vectors)
+            return
+        with target.open("wb") as file:
+            for record, row in zip(records, vectors, strict=True):
+                line = {"_id": record.id, "embedding": np.asarray(row)}
+                file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk is told of a file without its name, and by pyarrow without a number."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _npy_header(shape: tuple[int, int]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _safetensors_header(shape: tuple[int, int]) -> bytes:
+    """Of one array that follows: its library would hold all of it in memory, and its errors are its own."""
+    size = 4 * shape[0] * shape[1]
+    header = orjson.dumps({"embeddings": {"dtype": "F32", "shape": shape, "data_offsets": (0, size)}})
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _write_parquet(path: Path, records: Iterator[Record], vectors: FloatArray) -> None:
@@ -109,5 +157,10 @@ def _write_parquet(path: Path, records: Iterator[Record], vectors: FloatArray) -
 def describe(path: Path) -> tuple[int, str]:
     """How many texts a file holds, and a digest of it. Raises BadCorpus, OSError."""
     count = sum(1 for _ in read_records(path))
+    return count, digest_of(path)
+
+
+def digest_of(path: Path) -> str:
+    """Raises OSError."""
     with path.open("rb") as file:
-        return count, hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

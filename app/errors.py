@@ -62,6 +62,11 @@ class InvalidRequest(ServiceError):
 class ContextLengthExceeded(InvalidRequest):
     """A text is longer than the model takes, and cutting was not asked for."""
 
+    def __init__(self, message: str, *, param: str | None = None, index: int = 0) -> None:
+        """`index`: which of the texts it is, from 0."""
+        super().__init__(message, param=param)
+        self.index = index
+
 
 class TooManyTokens(InvalidRequest):
     """All texts together are more than one request may hold."""

@@ -79,21 +79,22 @@ class Offline:
         return Payload(id_of_arrays(self.spec, arrays), arrays)
 
     def embed(
-        self, texts: Iterable[str], context: Payload, input_type: InputType, *, truncate: bool
+        self, texts: Iterable[str], context: Payload, input_type: InputType, *, truncate: bool, first: int = 0
     ) -> Iterator[FloatArray]:
         """Raw vectors, chunk by chunk (up to 256, hidden_size), in the order of the texts.
 
-        Raises ContextLengthExceeded unless `truncate`.
+        `first`: how many came before, as an error counts them. Raises ContextLengthExceeded unless `truncate`.
         """
-        stream = iter(texts)
+        stream, before = iter(texts), first
         running: deque[Future[FloatArray]] = deque()
         refused: ServiceError | None = None
         while chunk := list(islice(stream, CHUNK)):
             try:
-                tokens = self.served.tokenizer.texts(chunk, input_type, input_type, truncate=truncate)
+                tokens = self.served.tokenizer.texts(chunk, input_type, input_type, truncate=truncate, first=before)
             except ServiceError as error:  # what came before it is still answered
                 refused = error
                 break
+            before += len(chunk)
             running.append(self.submit(Stage.SECOND, tokens, context))
             if len(running) == IN_FLIGHT:
                 yield running.popleft().result()

@@ -59,13 +59,20 @@ class TextTokenizer:
         return [self._tokenizer.id_to_token(i) or "" for i in input_ids]
 
     def texts(
-        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool
+        self,
+        texts: Sequence[str],
+        input_type: InputType | None,
+        default: InputType,
+        *,
+        truncate: bool,
+        first: int = 0,
     ) -> list[TokenizedText]:
         """`input_type` None: a prompt already in a text is kept, else `default`'s goes in front.
 
-        Raises ContextLengthExceeded for a text over the max length, unless `truncate`.
+        `first`: how many texts came before these, as an error counts them. Raises ContextLengthExceeded for a text
+        over the max length, unless `truncate`.
         """
-        return list(chain.from_iterable(self.texts_in_pieces(texts, input_type, default, truncate=truncate)))
+        return list(chain.from_iterable(self._texts(texts, input_type, default, truncate=truncate, first=first)))
 
     def texts_in_pieces(
         self,
@@ -81,16 +88,22 @@ class TextTokenizer:
         return _within(most, self._texts(texts, input_type, default, truncate=truncate))
 
     def _texts(
-        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool
+        self,
+        texts: Sequence[str],
+        input_type: InputType | None,
+        default: InputType,
+        *,
+        truncate: bool,
+        first: int = 0,
     ) -> Iterator[list[TokenizedText]]:
         limit = self._max_length * CHARACTERS_PER_TOKEN
         too_long = next((i for i, text in enumerate(texts) if len(text) > limit), None)
         if too_long is not None and not truncate:
-            raise self._exceeded(f"sent {len(texts[too_long])} characters", f"in input[{too_long}]")
+            raise self._exceeded(f"sent {len(texts[too_long])} characters", first + too_long)
         start = 0
         for piece in self._encoded([text[:limit] for text in texts], input_type, default):
             yield [
-                self._fit(ids, kind, truncate, i, more=len(texts[i]) > limit)
+                self._fit(ids, kind, truncate, first + i, more=len(texts[i]) > limit)
                 for i, (kind, ids) in enumerate(piece, start)
             ]
             start += len(piece)
@@ -158,16 +171,16 @@ class TextTokenizer:
         if len(ids) <= self._max_length:
             return TokenizedText(tuple(ids), kind, truncated=more)
         if not truncate:
-            where = f"in input[{index}]; prompt and special tokens counted"
-            raise self._exceeded(f"requested {len(ids)} tokens", where)
+            raise self._exceeded(f"requested {len(ids)} tokens", index, "; prompt and special tokens counted")
         return TokenizedText((*ids[: self._max_length - 1], ids[-1]), kind, truncated=True)
 
-    def _exceeded(self, what: str, where: str) -> ContextLengthExceeded:
+    def _exceeded(self, what: str, index: int, how: str = "") -> ContextLengthExceeded:
         # OpenAI's words to the letter: Elasticsearch knows by the second sentence that it should send less.
         return ContextLengthExceeded(
-            f"This model's maximum context length is {self._max_length} tokens, however you {what} ({where}). Please "
-            f"reduce your prompt; or completion length. Or send truncate = end to have it cut.",
+            f"This model's maximum context length is {self._max_length} tokens, however you {what} (in input[{index}]"
+            f"{how}). Please reduce your prompt; or completion length. Or send truncate = end to have it cut.",
             param="input",
+            index=index,
         )
 
 

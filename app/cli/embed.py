@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -28,10 +29,10 @@ from app.cli.options import (
     progress,
 )
 from app.context_refs import parse_ref
-from app.corpora import TEXT_SUFFIXES, BadCorpus, read_records
+from app.corpora import TEXT_SUFFIXES, BadCorpus, place_of, read_records
 from app.domain import Arrays, InputType, Payload, Selection, Space
-from app.embedding_files import PartialVectors, check_output, describe
-from app.errors import ConfigError
+from app.embedding_files import PartialVectors, check_output, describe, digest_of
+from app.errors import ConfigError, ContextLengthExceeded
 from app.models.base import InvalidContext
 from app.models.loading import LoadOptions
 from app.offline import Offline
@@ -107,13 +108,25 @@ def _embed_here(recipe: Recipe, context_of: ContextOf, input_: Path, output: Pat
         fingerprint = recipe.fingerprint(offline.spec, payload)
         made_of = f"{fingerprint} {recipe.input_type} {recipe.truncate} {digest}"
         with PartialVectors(output, dimensions=offline.spec.hidden_size, made_of=made_of) as partly:
-            if partly.done:
-                messages.print(f"going on behind the first {partly.done} texts")
-            task = bar.add_task("embedding", total=total, completed=partly.done)
-            texts = (record.text for i, record in enumerate(read_records(input_)) if i >= partly.done)
-            raw = offline.embed(texts, payload, recipe.input_type, truncate=recipe.truncate)
+            first = partly.done
+            if first:
+                messages.print(f"going on behind the first {first} texts")
+            elif partly.thrown_away:
+                messages.print(
+                    f"beginning anew: the {partly.thrown_away} vectors that an earlier run left were of another model, "
+                    f"context, input or option"
+                )
+            task = bar.add_task("embedding", total=total, completed=first)
+            texts = (record.text for record in islice(read_records(input_), first, None))
+            raw = offline.embed(texts, payload, recipe.input_type, truncate=recipe.truncate, first=first)
             chunks = (normalized(chunk) if recipe.normalize else chunk for chunk in raw)
-            partly.extend(chunks, lambda n: bar.advance(task, n))
+            try:
+                partly.extend(chunks, lambda n: bar.advance(task, n))
+            except ContextLengthExceeded as error:
+                raise BadCorpus(f"{place_of(input_, error.index)}: {error} (--truncate end)") from error
+            if digest_of(input_) != digest:
+                partly.discard()
+                raise BadCorpus(f"{input_} has changed while it was embedded: run this again")
             partly.finish(read_records(input_))
     messages.print(f"{total} vectors in {output}, context {payload.key}, fingerprint {fingerprint}")
 

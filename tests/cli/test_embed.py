@@ -14,9 +14,14 @@ from subprocess import PIPE
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from safetensors.numpy import load_file
 
+from app.corpora import Record
 from app.domain import FloatArray
+from app.embedding_files import PartialVectors
+from tests.cli.conftest import Run
+from tests.conftest import ANIMALS
 from tests.live import GOLDENS, V1
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +54,40 @@ def read_vectors(path: Path) -> FloatArray:
     return readers[path.suffix]()
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".jsonl", ".parquet"])
+def test_a_full_disk_is_said_of_the_file_and_costs_no_vector(tmp_path: Path, suffix: str) -> None:
+    output = tmp_path / f"out{suffix}"
+    vectors = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32)
+    records = [Record(str(i), "") for i in range(1000)]
+    with PartialVectors(output, dimensions=16, made_of="these") as partly:
+        with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as stopped:
+            partly.extend(iter([vectors]), lambda _: None)
+        assert stopped.value.filename == f"{output}.partial"
+    with PartialVectors(output, dimensions=16, made_of="these") as partly:
+        assert partly.done == 10_000 // 64
+        partly.extend(iter([vectors[partly.done :]]), lambda _: None)
+        with files_of_at_most(64_000), pytest.raises(OSError, match="File too large") as stopped:
+            partly.finish(iter(records))
+        assert stopped.value.filename == str(output)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f"{output.name}.partial", f"{output.name}.partial.json"]
+        partly.finish(iter(records))
+    assert [p.name for p in tmp_path.iterdir()] == [output.name]
+    np.testing.assert_array_equal(read_vectors(output).astype(np.float32), vectors)
+
+
+def test_a_text_that_is_too_long_is_named_by_its_line(run: Run, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(300)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": "word " * 600}), '"behind it"']))
+    options = ["embed", *MODEL, "--input", "in.jsonl", "--output", "out.npy"]
+    for again in (False, True):
+        result = run(*options, code=1)
+        assert ("going on behind the first 256 texts" in result.stderr) == again
+        message = str(result.exception)
+        assert message.startswith("in.jsonl:302: This model's maximum context length is 512 tokens")
+        assert "in input[300]" in message
+        assert "--truncate end" in message
+
+
 def test_ctrl_c_ends_in_order(tmp_path: Path) -> None:
     """And not by an abort, under the forwards that run."""
     (tmp_path / "in.txt").write_text("".join(f"text {i} of many\n" for i in range(20_000)))
@@ -62,3 +101,34 @@ def test_ctrl_c_ends_in_order(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert partial.stat().st_size % (64 * 4) == 0
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_a_file_that_changes_meanwhile_is_no_output(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Vectors of one version of it beside the rows of another would be wrong without a sign of it."""
+    source, output = write_lines(tmp_path / "in.jsonl", ANIMALS), tmp_path / f"out{suffix}"
+    options = ["embed", *MODEL, "--input", source, "--output", output]
+    extend = PartialVectors.extend
+
+    def slow(self: PartialVectors, chunks: Iterator[FloatArray], advance: Callable[[int], None]) -> None:
+        extend(self, chunks, advance)
+        write_lines(source, [*ANIMALS[::-1], "one more"])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialVectors, "extend", slow)
+        assert "has changed while it was embedded" in str(run(*options, code=1).exception)
+    assert not output.exists()
+    write_lines(source, ANIMALS)  # back to what it was: what the run had left is not taken for its vectors
+    assert "going on" not in run(*options).stderr
+    assert read_vectors(output).shape == (12, 64)
+
+
+def test_vectors_of_something_else_are_not_thrown_away_without_a_word(run: Run, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ANIMALS)
+    with PartialVectors(tmp_path / "out.npy", dimensions=64, made_of="something else") as partly:
+        partly.extend(iter([np.ones((5, 64), np.float32)]), lambda _: None)
+    result = run("embed", *MODEL, "--input", source, "--output", tmp_path / "out.npy")
+    assert "beginning anew: the 5 vectors" in result.stderr
+    assert np.load(tmp_path / "out.npy").shape == (12, 64)

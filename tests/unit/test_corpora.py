@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.corpora import BadCorpus, Record, read_records
+from app.corpora import BadCorpus, Record, place_of, read_records
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,9 @@ def test_an_id_that_is_null_is_none_and_a_byte_order_mark_is_no_text(tmp_path: P
     text = tmp_path / "a.txt"
     text.write_bytes(b"\xef\xbb\xbfone\n")
     assert list(read_records(text)) == [Record("0", "one")]
+
+
+def test_a_place_is_the_line_and_not_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('"one"\n\n"two"\n')
+    assert [place_of(path, i) for i in range(3)] == [f"{path}:1", f"{path}:3", str(path)]
