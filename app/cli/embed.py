@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from app.assembly import served_names
 from app.cli.embed_on_ray import (
     ContextOf,
     CpusOption,
@@ -38,6 +39,7 @@ from app.models.loading import LoadOptions
 from app.offline import Offline
 from app.payloads import from_npy, from_safetensors
 from app.scale.job import Recipe
+from app.settings import ModelSettings, Settings
 from app.settings_sources import load_settings
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
@@ -153,9 +155,10 @@ def _stored(offline: Offline, name: str, config: Path | None) -> tuple[str, Arra
     settings = load_settings({}, config)
     if settings.contexts.database_url is None and not settings.database_file.is_file():
         raise ConfigError(f"{name} is no file, and there is no context store in {settings.data_dir}")
-    store = SqlContextStore(Database(settings.database_url))
+    ref, store = parse_ref(name), SqlContextStore(Database(settings.database_url))
     try:
-        info = store.get(Space(offline.spec.id), parse_ref(name))
+        found = (store.get(Space(model), ref) for model in _served_ids(offline.spec.id, settings))
+        info = next((each for each in found if each), None)
         arrays = store.arrays(info.id) if info else None
     finally:
         store.close()
@@ -164,3 +167,10 @@ def _stored(offline: Offline, name: str, config: Path | None) -> tuple[str, Arra
     if info.model_revision != offline.spec.revision:
         raise ConfigError(f"The context {name} was made with other weights of {offline.spec.id}")
     return info.id, arrays
+
+
+def _served_ids(model: str, settings: Settings) -> list[str]:
+    """What the server of these settings calls `model`, which is not its folder's path."""
+    folder = Path(model).expanduser().resolve()
+    named = [each for each in settings.models if each.name == model or Path(each.name).expanduser().resolve() == folder]
+    return [served_names(each)[0] for each in named or [ModelSettings(name=model)]]

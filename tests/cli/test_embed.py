@@ -22,7 +22,7 @@ from app.domain import FloatArray
 from app.embedding_files import PartialVectors
 from tests.cli.conftest import Run
 from tests.conftest import ANIMALS
-from tests.live import GOLDENS, V1
+from tests.live import GOLDENS, V1, live_server
 
 ROOT = Path(__file__).parents[2]
 MODEL = ["--model", str(GOLDENS / V1), "--input-type", "document"]
@@ -132,3 +132,18 @@ def test_vectors_of_something_else_are_not_thrown_away_without_a_word(run: Run, 
     result = run("embed", *MODEL, "--input", source, "--output", tmp_path / "out.npy")
     assert "beginning anew: the 5 vectors" in result.stderr
     assert np.load(tmp_path / "out.npy").shape == (12, 64)
+
+
+@pytest.mark.parametrize("served_name", [None, "animals-model"])
+def test_a_stored_context_of_a_model_in_a_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served_name: str | None
+) -> None:
+    """The server calls it by the folder's last part, or as it is told."""
+    source = write_lines(tmp_path / "in.jsonl", ANIMALS)
+    settings = [{"name": str(GOLDENS / V1), "served_name": served_name}]
+    with live_server(tmp_path / "data", settings) as url:
+        made = json.loads(run("contexts", "create", "zoo", source, "--url", url).stdout)
+    if served_name:
+        monkeypatch.setenv("CDE__MODELS", json.dumps(settings))
+    result = run("embed", *MODEL, "--input", source, "--context", "zoo", "--output", "out.npy")
+    assert made["id"] in result.stderr
