@@ -70,14 +70,24 @@ class Server:
         except httpx.HTTPError as error:
             messages.print(f"error: {self._url} does not answer: {error}", style="red", markup=False)
             raise typer.Exit(1) from error
-        if response.is_error:
+        if not response.is_success:
             messages.print(f"error: {_message(response)}", style="red", markup=False)
             raise typer.Exit(1)
         return response
+
+
+def parsed(response: httpx.Response) -> Any:
+    """The JSON in an answer. Raises typer.Exit."""
+    try:
+        return response.json()
+    except ValueError as error:
+        messages.print(f"error: what answers at {response.url} is no cde-server: no JSON came", style="red")
+        raise typer.Exit(1) from error
 
 
 def _message(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
+        where = response.headers.get("location")
+        return f"HTTP {response.status_code} from {response.url}" + (f", which sends to {where}" if where else "")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from app.api.schemas import NPY, SAFETENSORS
 from app.cli.check import check
-from app.cli.client import LOCAL, KeyOption, Server, UrlOption
+from app.cli.client import LOCAL, KeyOption, Server, UrlOption, parsed
 from app.cli.options import messages, progress
 from app.corpora import read_records
 
@@ -53,7 +54,7 @@ def create(
             content=lines(),
             headers={"Content-Type": "application/x-ndjson"},
         )
-    _show(response.json())
+    _show(parsed(response))
     if response.status_code == httpx.codes.OK:
         messages.print("this content was there already")
 
@@ -64,7 +65,7 @@ def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel 
     found: list[dict[str, Any]] = []
     server, after, more = Server(url, api_key, model), None, True
     while more:
-        page = server.call("GET", "/v1/contexts", params={"limit": 100} | ({"after": after} if after else {})).json()
+        page = parsed(server.call("GET", "/v1/contexts", params={"limit": 100} | ({"after": after} if after else {})))
         found += page["data"]
         after, more = page["last_id"], page["has_more"]
     _print_table(found)
@@ -73,13 +74,13 @@ def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel 
 @contexts.command()
 def show(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """One context, by name, name.version or id."""
-    _show(Server(url, api_key, model).call("GET", f"/v1/contexts/{ref}").json())
+    _show(parsed(Server(url, api_key, model).call("GET", _path(ref))))
 
 
 @contexts.command()
 def versions(name: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """All versions of a name, newest first."""
-    _print_table(Server(url, api_key, model).call("GET", f"/v1/contexts/{name}/versions").json()["data"])
+    _print_table(parsed(Server(url, api_key, model).call("GET", f"{_path(name)}/versions"))["data"])
 
 
 @contexts.command()
@@ -94,26 +95,24 @@ def rollback(
     """Point a name at one of its versions."""
     response = Server(url, api_key, model).call(
         "POST",
-        f"/v1/contexts/{name}/rollback",
+        f"{_path(name)}/rollback",
         content=orjson.dumps({"version": version}),
         headers={"Content-Type": "application/json"},
     )
-    _show(response.json())
+    _show(parsed(response))
 
 
 @contexts.command()
 def delete(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """By name: the name and all its versions; by name.version or id: that one."""
-    Server(url, api_key, model).call("DELETE", f"/v1/contexts/{ref}")
+    Server(url, api_key, model).call("DELETE", _path(ref))
     messages.print(f"{ref} is deleted")
 
 
 @contexts.command()
 def export(ref: str, file: Path, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """Its arrays to a file: .safetensors or .npy."""
-    response = Server(url, api_key, model).call(
-        "GET", f"/v1/contexts/{ref}/embeddings", headers={"Accept": _kind(file)}
-    )
+    response = Server(url, api_key, model).call("GET", f"{_path(ref)}/embeddings", headers={"Accept": _kind(file)})
     file.write_bytes(response.content)
     messages.print(f"{ref} ({response.headers['x-context-id']}) is in {file}")
 
@@ -124,9 +123,14 @@ def import_(
 ) -> None:
     """A context, or a new version of one, from dataset embeddings: .safetensors or .npy."""
     response = Server(url, api_key, model).call(
-        "PUT", f"/v1/contexts/{name}/embeddings", content=file.read_bytes(), headers={"Content-Type": _kind(file)}
+        "PUT", f"{_path(name)}/embeddings", content=file.read_bytes(), headers={"Content-Type": _kind(file)}
     )
-    _show(response.json())
+    _show(parsed(response))
+
+
+def _path(ref: str) -> str:
+    """Of a context. Quoted: behind a '#' or '?' nothing would be sent, and another context meant."""
+    return f"/v1/contexts/{quote(ref, safe='')}"
 
 
 def _kind(file: Path) -> str:

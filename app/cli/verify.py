@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from app.cli.client import Server
+from app.cli.client import Server, parsed
 from app.cli.options import ConfigOption, DeviceOption, DtypeOption, RevisionOption, SemanticsOption, messages
 from app.corpora import BadCorpus, read_records
 from app.domain import FloatArray
@@ -110,7 +110,7 @@ def _checkpoint(model: str, options: LoadOptions, references: References) -> boo
 def _server(server: Server, model: str | None, options: LoadOptions) -> bool:
     def call(method: str, path: str, body: bytes | None = None) -> Answer:
         response = server.call(method, path, content=body, headers={"Content-Type": "application/json"})
-        return Answer(orjson.loads(response.content), dict(response.headers))
+        return Answer(parsed(response), dict(response.headers))
 
     wanted = call("GET", "/info").body["models"]
     if model is not None:

@@ -1,7 +1,9 @@
 """The command line, run as its users run it, on small files and the tiny models."""
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import numpy as np
@@ -147,6 +149,48 @@ def test_contexts_against_a_server(run: Run, tmp_path: Path, server: str) -> Non
     gone = run("contexts", "show", "kitchen", *there, code=1)
     assert "does not exist" in gone.output
     assert "does not answer" in run("contexts", "list", "--url", "http://127.0.0.1:9", code=1).output
+
+
+def test_a_context_is_what_its_whole_name_says(run: Run, tmp_path: Path, server: str) -> None:
+    documents = texts_file(tmp_path / "docs.jsonl", COOKING)
+    there = ["--url", server, "--model", V1]
+    run("contexts", "create", "whole", documents, *there)
+    for ref in ("whole#2", "whole?version=2"):
+        run("contexts", "delete", ref, *there, code=1)
+        run("contexts", "show", ref, *there, code=1)
+        run("contexts", "versions", ref, *there, code=1)
+    run("contexts", "show", "whole", *there)
+    run("contexts", "delete", "whole", *there)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [
+        (200, {"Content-Type": "text/html"}, "is no cde-server"),
+        (301, {"Location": "https://elsewhere/"}, "HTTP 301"),
+    ],
+)
+def test_what_answers_is_no_server_of_ours(run: Run, status: int, headers: dict[str, str], words: str) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *args: object) -> None:
+            """Nothing on the console."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        for command in (["contexts", "list"], ["contexts", "show", "x"], ["contexts", "versions", "x"], ["verify"]):
+            result = run(*command, "--url", url, code=1)
+            assert isinstance(result.exception, SystemExit)
+            assert words in result.stderr
+            assert headers.get("Location", "") in result.stderr
+        other.shutdown()
 
 
 def test_eval_measures_what_it_says(run: Run, tmp_path: Path) -> None:
