@@ -46,7 +46,7 @@ class RayOptions:
 
 def embed_on_ray(recipe: Recipe, context_of: ContextOf, input_: str, output: str, options: RayOptions) -> None:
     """Raises ConfigError where Ray is not installed, BadCorpus, and what the workers raise."""
-    own = sorted({"_id", "_row", "embedding"} & set(options.keep))
+    own = sorted({"_id", "_path", "_row", "embedding"} & set(options.keep))
     if own:
         raise ConfigError(f"--keep {own[0]} is a column of the output itself: rename it in the corpus")
     ray_data = _ray_data()

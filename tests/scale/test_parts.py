@@ -126,6 +126,9 @@ def test_options_of_the_other_engine(tmp_path: Path) -> None:
     command = ["embed", *map(str, options)]
     assert "for --engine ray only" in CliRunner().invoke(app, [*command, "--workers", "2"]).output
     assert "not for --engine ray" in CliRunner().invoke(app, [*command, "--engine", "ray", "--overwrite"]).output
+    for column in ("_id", "_path", "_row", "embedding"):
+        kept = CliRunner().invoke(app, [*command, "--engine", "ray", "--keep", column])
+        assert f"--keep {column} is a column of the output itself" in str(kept.exception)
     if importlib.util.find_spec("ray") is None:
         refused = CliRunner().invoke(app, [*command, "--engine", "ray"]).exception
         assert "pip install -e '.[ray]'" in str(refused)
