@@ -15,7 +15,7 @@ from rich.table import Table
 from app.api.schemas import NPY, SAFETENSORS
 from app.cli.check import check
 from app.cli.client import LOCAL, KeyOption, Server, UrlOption, parsed
-from app.cli.options import messages, progress
+from app.cli.options import SeedOption, messages, progress
 from app.corpora import read_records
 
 contexts = typer.Typer(help="Contexts of a running server; check: the store it keeps them in.", no_args_is_help=True)
@@ -32,7 +32,7 @@ def create(
     file: Annotated[Path, typer.Argument(help="Documents: .txt, .jsonl or .parquet, of any size")],
     *,
     method: Annotated[str, typer.Option(help="random, first or diverse")] = "random",
-    seed: int = 0,
+    seed: SeedOption = 0,
     url: UrlOption = LOCAL,
     api_key: KeyOption = None,
     model: ForModel = None,

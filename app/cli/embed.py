@@ -25,6 +25,7 @@ from app.cli.options import (
     DtypeOption,
     ModelOption,
     RevisionOption,
+    SeedOption,
     SemanticsOption,
     messages,
     progress,
@@ -67,7 +68,7 @@ def embed(
     context: Annotated[
         str | None, typer.Option(help="Documents, or dataset embeddings (.safetensors, .npy), or a stored context")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which documents make the context, where there are more than it takes")] = 0,
+    seed: SeedOption = 0,
     normalize: Annotated[bool, typer.Option(help="Vectors of unit length")] = True,
     truncate: Annotated[Truncate, typer.Option(help="Texts over the max length: an error, or cut")] = Truncate.NONE,
     engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster")] = Engine.LOCAL,

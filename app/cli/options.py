@@ -17,6 +17,12 @@ DtypeOption = Annotated[
     typer.Option(help="auto: bfloat16 on GPUs that have it, else float32"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        min=-(2**63), max=2**63 - 1, help="Which documents make the context, where there are more than it takes"
+    ),
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -147,3 +147,10 @@ def test_a_stored_context_of_a_model_in_a_folder(
         monkeypatch.setenv("CDE__MODELS", json.dumps(settings))
     result = run("embed", *MODEL, "--input", source, "--context", "zoo", "--output", "out.npy")
     assert made["id"] in result.stderr
+
+
+def test_a_seed_that_is_none(run: Run, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ANIMALS)
+    options = ["--input", source, "--context", source, "--output", "out.npy", "--seed", str(2**63)]
+    assert "--seed" in run("embed", *MODEL, *options, code=2).output
+    assert "--seed" in run("contexts", "create", "zoo", source, "--seed", str(2**63), code=2).output
