@@ -1,6 +1,7 @@
 """`cde-server bench`: the forward against a plain one, and load on a running server."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -8,7 +9,6 @@ from typing import Annotated, Any, Literal
 import orjson
 import torch
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from app.bench.compute import VARIANTS, Comparison, Row
@@ -16,7 +16,7 @@ from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.client import LOCAL, KeyOption, UrlOption, address, bearer
-from app.cli.options import RevisionOption, messages
+from app.cli.options import RevisionOption, messages, wide_console
 from app.models.loading import BUILTIN, LoadOptions, check_device
 
 bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
@@ -30,6 +30,9 @@ MixedOption = Annotated[bool, typer.Option("--mixed", help="Also a stream of mix
 FirstStageOption = Annotated[bool, typer.Option("--first-stage", help="Also the first stage")]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Runs of each variant; the median counts")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
+
+MAX_TOKENS = 512
+"""Of a text, as both models take it."""
 
 
 @bench.callback(invoke_without_command=True)
@@ -49,12 +52,13 @@ def compute(
 ) -> None:
     """Compare variants of the forward in one process: CPU time, medians, ratios to the reference."""
     if context.invoked_subcommand is not None:
+        _nothing_given(context)
         return
-    wanted = _variants(variants, VARIANTS)
+    wanted, tokens = _variants(variants, VARIANTS), _numbers(lengths, "--lengths", most=MAX_TOKENS)
     torch.set_num_threads(threads)
     comparison = Comparison(_checkpoint(random, model, revision), wanted, rounds=rounds)
     rows: list[Row] = []
-    for n in map(int, lengths.split(",")):
+    for n in tokens:
         messages.print(f"measuring texts of {n} tokens")
         rows += comparison.second_stage(n)
     rows += comparison.mixed() if mixed else []
@@ -78,13 +82,14 @@ def gpu(
     as_json: JsonOption = False,
 ) -> None:
     """Compare variants of the forward on a GPU: time until the device is done, by texts of a batch."""
-    wanted = _variants(variants, GPU_VARIANTS)
+    wanted, tokens = _variants(variants, GPU_VARIANTS), _numbers(lengths, "--lengths", most=MAX_TOKENS)
+    sizes = _numbers(batches, "--batches")
     check_device(device)
     found = LoadOptions(device=device).resolved_device()
     comparison = GpuComparison(_checkpoint(random, model, revision), wanted, device=found, rounds=rounds)
     rows: list[GpuRow] = []
-    for batch in map(int, batches.split(",")):
-        for n in map(int, lengths.split(",")):
+    for batch in sizes:
+        for n in tokens:
             messages.print(f"measuring {batch} texts of {n} tokens")
             rows += comparison.second_stage(n, batch)
         rows += comparison.mixed(batch) if mixed else []
@@ -107,11 +112,30 @@ def _variants(given: str, known: Sequence[str]) -> list[str]:
     return wanted
 
 
+def _numbers(given: str, option: str, *, most: int = sys.maxsize) -> list[int]:
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = [0]
+    if not all(1 <= number <= most for number in numbers):
+        upwards = "1 upwards" if most == sys.maxsize else f"1 to {most}"
+        raise typer.BadParameter(f"{given!r}: whole numbers from {upwards} are expected, like 8,32", param_hint=option)
+    return numbers
+
+
+def _nothing_given(context: typer.Context) -> None:
+    """Options before `gpu` or `http` would be passed over. Raises typer.BadParameter."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"options of {context.invoked_subcommand} stand behind its name")
+
+
 def _show(machine: dict[str, Any], rows: Sequence[Row | GpuRow], table: Table, *, as_json: bool) -> None:
     if as_json:
         typer.echo(orjson.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}).decode())
     else:
-        console = Console()
+        console = wide_console()
         console.print(machine)
         console.print(table)
 
@@ -181,7 +205,7 @@ def http(
         table = Table("", "")
         for name, value in report.items():
             table.add_row(name, str(value))
-        Console().print(table)
+        wide_console().print(table)
     if not outcome.latencies:
         messages.print(f"error: nothing was answered by {load.url}: {outcome.said}", style="red", markup=False)
         raise typer.Exit(1)

@@ -1,6 +1,5 @@
 """`cde-server contexts …`: contexts of a running server. `contexts check` is in check.py."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +14,13 @@ from rich.table import Table
 from app.api.schemas import NPY, SAFETENSORS
 from app.cli.check import check
 from app.cli.client import LOCAL, KeyOption, Server, UrlOption, parsed
-from app.cli.options import SeedOption, messages, progress
+from app.cli.options import SeedOption, messages, progress, wide_console
 from app.corpora import read_records
 
 contexts = typer.Typer(help="Contexts of a running server; check: the store it keeps them in.", no_args_is_help=True)
 contexts.command()(check)
 
 ForModel = Annotated[str | None, typer.Option("--model", help="Whose context; absent: the server's default model's")]
-
-WIDE = 240
 
 
 @contexts.command()
@@ -147,8 +144,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
         documents = f"{c['documents']['chosen']} of {c['documents']['received']}"
         row = (c["name"], c["version"], c["model"], c["status"], c["id"] or "", documents, c["usage_bytes"])
         table.add_row(*map(str, row))
-    # A pipe has no width: nothing is cut there.
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    wide_console().print(table)
 
 
 def _show(context: dict[str, Any]) -> None:

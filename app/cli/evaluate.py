@@ -7,7 +7,6 @@ from typing import Annotated
 
 import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from app.agreement import measure
@@ -20,6 +19,7 @@ from app.cli.options import (
     RevisionOption,
     SemanticsOption,
     progress,
+    wide_console,
 )
 from app.corpora import BadCorpus, read_beir, read_records
 from app.domain import InputType
@@ -55,7 +55,7 @@ def evaluate(
         rows = [{"context": s.context, "ndcg@10": s.ndcg, "recall@100": s.recall, "spread": s.spread} for s in scores]
         typer.echo(orjson.dumps({"rows": rows}).decode())
     else:
-        Console().print(_table(f"{model} on {folder.name}", scores, seeds))
+        wide_console().print(_table(f"{model} on {folder.name}", scores, seeds))
 
 
 def _table(title: str, scores: list[Score], seeds: int) -> Table:
@@ -94,4 +94,4 @@ def agreement(
     table = Table("", "", title=f"{model}: frozen (approximate) against exact context attention")
     for name, value in found.items():
         table.add_row(name.replace("_", " "), f"{value:.6g}")
-    Console().print(table)
+    wide_console().print(table)

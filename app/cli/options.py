@@ -1,5 +1,6 @@
 """Options several commands share."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,13 @@ SeedOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+WIDE = 240
+
+
+def wide_console() -> Console:
+    """stdout. A pipe has no width: nothing is cut there."""
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
 
 
 def progress() -> Progress:

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from app.bench import gpu
 from app.bench.bound import best_rate, second_stage_flops
-from app.bench.compute import Comparison
+from app.bench.compute import Comparison, Row
 from app.bench.gpu import GpuComparison, GpuRow
 from app.bench.models import Family, random_checkpoint
-from app.cli.bench import _gpu_table
+from app.cli.bench import _gpu_table, _show, _table
 from app.cli.main import app
 from app.errors import CheckpointError
 
@@ -152,7 +152,23 @@ def test_refusals_are_counted(server: str) -> None:
         ["gpu", "--random", "v1", "--variants", "int8"],
         ["--model", "builtin/minilm-context"],
         ["http", "--rate", "0"],
+        ["--random", "v1", "--lengths", "8,x"],
+        ["--random", "v1", "--lengths", "0"],
+        ["--random", "v1", "--lengths", "513"],
+        ["gpu", "--random", "v1", "--batches", "4,"],
+        ["--json", "http"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2
+
+
+def test_nothing_of_a_table_is_cut_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    row = Row("v1 first stage", "reference", "mixed", 1234.5, 12.34, 1.2e-05, 3.4e-06, 0.85)
+    _show({"cpu": "any"}, [row], _table([row]), as_json=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "1234.5" in line)
+    for shown in ("v1 first stage", "mixed", "reference", "12.34", "1.2e-05", "3.4e-06", "85%"):
+        assert shown in line
