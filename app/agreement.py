@@ -16,12 +16,15 @@ TOP = 10
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Cosine of each text's two vectors; overlap of its ten nearest other texts, 0 to 1; texts a second of both."""
+    """Cosine of each text's two vectors; overlap of its ten nearest other texts, 0 to 1; texts a second of both.
+
+    With no more than ten others, all of them are the nearest, either way: the overlap is None.
+    """
 
     texts: int
     min_cosine: float
     mean_cosine: float
-    top10_overlap: float
+    top10_overlap: float | None
     exact_texts_per_second: float
     frozen_texts_per_second: float
 
@@ -37,7 +40,7 @@ def measure(
         texts=len(texts),
         min_cosine=float(cosines.min()),
         mean_cosine=float(cosines.mean()),
-        top10_overlap=overlap(exact, frozen, TOP),
+        top10_overlap=overlap(exact, frozen, TOP) if len(texts) > TOP + 1 else None,
         exact_texts_per_second=exact_rate,
         frozen_texts_per_second=frozen_rate,
     )

@@ -1,5 +1,6 @@
 """`cde-server eval` and `agreement`: what a model is worth, what an approximation costs."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -72,7 +73,7 @@ def agreement(
     context: Annotated[str, typer.Option(help="Documents, dataset embeddings, or a stored context")],
     input_: Annotated[Path, typer.Option("--input", help="Texts: .txt, .jsonl or .parquet")],
     input_type: Annotated[InputType, typer.Option(help="Which prompt stands before a text")] = InputType.DOCUMENT,
-    limit: Annotated[int, typer.Option(min=1, help="Texts to take, from the top")] = 500,
+    limit: Annotated[int, typer.Option(min=1, help="Different texts to take, from the top")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     revision: RevisionOption = None,
     semantics: SemanticsOption = "training",
@@ -82,7 +83,7 @@ def agreement(
 ) -> None:
     """Exact against frozen context attention on your own texts: cosine, top-10 overlap, speed."""
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
-    texts = [record.text for record in islice(read_records(input_), limit)]
+    texts = list(islice(_distinct(record.text for record in read_records(input_)), limit))
     if not texts:
         raise BadCorpus(f"{input_} holds no text")
     with Offline(model, options) as offline:
@@ -93,5 +94,14 @@ def agreement(
         return
     table = Table("", "", title=f"{model}: frozen (approximate) against exact context attention")
     for name, value in found.items():
-        table.add_row(name.replace("_", " "), f"{value:.6g}")
+        table.add_row(name.replace("_", " "), "too few texts" if value is None else f"{value:.6g}")
     wide_console().print(table)
+
+
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    """Of equal texts, which are the nearest is decided by rounding: two runs would not agree about them."""
+    seen: set[str] = set()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text

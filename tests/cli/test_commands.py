@@ -345,6 +345,25 @@ def test_agreement_of_frozen_and_exact(run: Run, tmp_path: Path, name: str) -> N
     assert "approximate" in run(*options).stdout
 
 
+def test_of_few_texts_all_others_are_the_nearest(run: Run, tmp_path: Path) -> None:
+    """Which says nothing of the two ways to compute."""
+    file = texts_file(tmp_path / "in.txt", ANIMALS)
+    options = ["agreement", "--model", GOLDENS / V1, "--context", file, "--input", file]
+    assert json.loads(run(*options, "--limit", "11", "--json").stdout)["top10_overlap"] is None
+    assert "too few texts" in run(*options, "--limit", "11").stdout
+    assert json.loads(run(*options, "--limit", "12", "--json").stdout)["top10_overlap"] <= 1
+
+
+def test_equal_texts_are_compared_once(run: Run, tmp_path: Path) -> None:
+    """Their order among the nearest is rounding's."""
+    file, often = texts_file(tmp_path / "in.txt", [*ANIMALS, *COOKING]), tmp_path / "often.txt"
+    often.write_text(file.read_text() * 20)
+    options = ["agreement", "--model", GOLDENS / V1, "--context", file, "--json", "--input"]
+    once, repeated = (json.loads(run(*options, each).stdout) for each in (file, often))
+    assert repeated["texts"] == once["texts"] == 24
+    assert repeated["top10_overlap"] == pytest.approx(once["top10_overlap"], abs=0.01)
+
+
 def test_nothing_to_freeze_in_the_embedded_default(run: Run, tmp_path: Path) -> None:
     file = texts_file(tmp_path / "in.txt", ANIMALS)
     result = CliRunner().invoke(
