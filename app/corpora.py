@@ -1,6 +1,7 @@
 """Texts in files: .txt, .jsonl and .parquet in; a folder in BEIR's layout. One text at a time, in order."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -127,7 +128,7 @@ def _parquet(file: BinaryIO, name: str, first: int, columns: Sequence[str]) -> I
             for raw in batch.slice(before).to_pylist():
                 yield Row(number, 0, f"{name}: row {number}", raw)
                 number += 1
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise BadCorpus(f"{name}: not a Parquet file that can be read: {error}") from error
 
 
@@ -156,16 +157,30 @@ def read_beir(folder: Path) -> Collection:
     missing = [name for name in BEIR_FILES if not (folder / name).is_file()]
     if missing:
         raise BadCorpus(f"{folder}: no {missing[0]} there; a folder in BEIR's layout has {', '.join(BEIR_FILES)}")
-    qrels: dict[str, dict[str, int]] = {}
-    path = folder / "qrels" / "test.tsv"
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            try:
-                qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise BadCorpus(f"{path}: columns query-id, corpus-id and score are expected") from error
+    qrels = _judgements(folder / "qrels" / "test.tsv")
     queries = [record for record in read_records(folder / "queries.jsonl") if record.id in qrels]
     documents = list(read_records(folder / "corpus.jsonl"))
     if not queries or not documents:
         raise BadCorpus(f"{folder}: no documents, or no query with a judgement")
+    for name, records in (("corpus", documents), ("queries", queries)):
+        twice = next((each for each, times in Counter(record.id for record in records).items() if times > 1), None)
+        if twice is not None:  # which of them a judgement means, nobody knows
+            raise BadCorpus(f"{folder / name}.jsonl: the _id {twice!r} is there twice")
     return Collection(documents, queries, qrels)
+
+
+def _judgements(path: Path) -> dict[str, dict[str, int]]:
+    """Relevance by query and document id. Raises BadCorpus, OSError."""
+    found: dict[str, dict[str, int]] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        try:
+            for row in rows:
+                found.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+        except UnicodeDecodeError as error:
+            raise BadCorpus(f"{path}: not UTF-8") from error
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise BadCorpus(
+                f"{path}:{rows.line_num}: columns query-id, corpus-id and score, a whole number, are expected"
+            ) from error
+    return found
