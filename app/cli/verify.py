@@ -1,7 +1,7 @@
 """`cde-server verify`: whether a checkpoint, a running server or a set of golden cases gives the right vectors."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import islice
@@ -77,6 +77,7 @@ def verify(
     --url URL: a running server, through its API. --reference: M's own code, in a process of its own, against
     each of our semantics. --goldens FOLDER: golden cases, as in tests/goldens.
     """
+    _check_ways({"--goldens": goldens, "--url": url, "--reference": reference}, model, input_, output)
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
     if goldens is not None:
         ok = _goldens(goldens, output, variant, options)
@@ -90,6 +91,18 @@ def verify(
         ok = _checkpoint(model, options, References(load_settings({}, config).references_dir))
     if not ok:
         raise typer.Exit(1)
+
+
+def _check_ways(ways: Mapping[str, object], model: str | None, input_: Path | None, output: Path | None) -> None:
+    """An option that is passed over leaves somebody believing that it was checked. Raises typer.BadParameter."""
+    chosen = [name for name, given in ways.items() if given]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"{' and '.join(chosen)} are different checks: name one")
+    if chosen == ["--goldens"] and model is not None:
+        raise typer.BadParameter("--goldens checks the checkpoint in its own folder: leave --model out")
+    for name, given, way in (("--input", input_, "--reference"), ("--output", output, "--goldens")):
+        if given is not None and chosen != [way]:
+            raise typer.BadParameter(f"{name} is for {way} only")
 
 
 def _checkpoint(model: str, options: LoadOptions, references: References) -> bool:

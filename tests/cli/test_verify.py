@@ -80,6 +80,20 @@ def test_the_embedded_default_has_no_other_semantics() -> None:
     assert options_named("minilm-context") == LoadOptions()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--goldens", GOLDENS / V1, "--model", GOLDENS / V2], "leave --model out"),
+        (["--goldens", GOLDENS / V1, "--url", "http://127.0.0.1:9"], "--goldens and --url"),
+        (["--url", "http://127.0.0.1:9", "--model", GOLDENS / V1, "--reference"], "--url and --reference"),
+        (["--model", GOLDENS / V1, "--input", "texts.txt"], "--input is for --reference only"),
+        (["--model", GOLDENS / V1, "--output", "out.safetensors"], "--output is for --goldens only"),
+    ],
+)
+def test_nothing_that_is_asked_for_is_passed_over(run: Run, arguments: list[str | Path], words: str) -> None:
+    assert words in " ".join(run("verify", *arguments, code=2).output.replace("│", " ").split())
+
+
 # --- a running server ----------------------------------------------------------------------------------------------
 
 
