@@ -48,7 +48,7 @@ async def test_who_is_taken_is_answered_and_all_others_are_refused(loaded: LoadS
 
 async def test_few_texts_beside_many(loaded: LoadServer) -> None:
     plan = scheduling.Plan(
-        seconds=1,
+        seconds=3,
         rounds=1,
         share=0.5,
         bulk_clients=2,
