@@ -16,10 +16,8 @@ TOP = 10
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Cosine of each text's two vectors; overlap of its ten nearest other texts, 0 to 1; texts a second of both.
-
-    With no more than ten others, all of them are the nearest, either way: the overlap is None.
-    """
+    """Cosine of each text's two vectors; overlap of its ten nearest other texts, 0 to 1, None of no more than ten
+    others; texts a second of both."""
 
     texts: int
     min_cosine: float
@@ -40,7 +38,7 @@ def measure(
         texts=len(texts),
         min_cosine=float(cosines.min()),
         mean_cosine=float(cosines.mean()),
-        top10_overlap=overlap(exact, frozen, TOP) if len(texts) > TOP + 1 else None,
+        top10_overlap=overlap(exact, frozen, TOP),
         exact_texts_per_second=exact_rate,
         frozen_texts_per_second=frozen_rate,
     )

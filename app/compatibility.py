@@ -36,7 +36,8 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Compatibility:
-    """Cosine of each text's two vectors; `overlap`: of its nearest other texts, 0 to 1."""
+    """Cosine of each text's two vectors; `overlap`: of its `top_k` nearest other texts, 0 to 1, None where there are
+    no more than those."""
 
     model: str
     contexts: tuple[Compared, Compared]
@@ -44,7 +45,7 @@ class Compatibility:
     mean_cosine: float
     min_cosine: float
     top_k: int
-    overlap: float
+    overlap: float | None
 
 
 async def compare(service: EmbeddingService, comparison: Comparison) -> Compatibility:
@@ -58,11 +59,10 @@ async def compare(service: EmbeddingService, comparison: Comparison) -> Compatib
     except UnknownContextNamed as error:
         raise UnknownContextNamed(error.message, param="with") from error
     cosines = cosines_of(a.vectors, b.vectors)
-    top = min(comparison.top_k, len(comparison.texts) - 1)
-    shared = await asyncio.to_thread(overlap, a.vectors, b.vectors, top)
+    shared = await asyncio.to_thread(overlap, a.vectors, b.vectors, comparison.top_k)
     contexts = _compared(a), _compared(b)
     mean, least = float(cosines.mean()), float(cosines.min())
-    return Compatibility(comparison.served.id, contexts, len(comparison.texts), mean, least, top, shared)
+    return Compatibility(comparison.served.id, contexts, len(comparison.texts), mean, least, comparison.top_k, shared)
 
 
 def _request(comparison: Comparison, ref: str, source: str) -> EmbedRequest:

@@ -110,6 +110,7 @@ def _json(line: bytes, where: str) -> Any:
     try:
         return orjson.loads(line)
     except ValueError as error:
+        _text(line, where)
         raise BadCorpus(f"{where}: not valid JSON") from error
 
 

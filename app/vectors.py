@@ -25,11 +25,11 @@ def cosines_of(a: FloatArray, b: FloatArray) -> npt.NDArray[np.float64]:
     return cosines
 
 
-def overlap(a: FloatArray, b: FloatArray, top: int) -> float:
-    """Mean share of its `top` nearest other rows that a row has in both of a, b (n, D), unit rows; 0 to 1."""
-    top = min(top, len(a) - 1)
-    if top < 1:
-        return 1.0
+def overlap(a: FloatArray, b: FloatArray, top: int) -> float | None:
+    """Mean share of its `top` nearest other rows that a row has in both of a, b (n, D), unit rows; 0 to 1. None where
+    there are no more than `top` others: all of them are the nearest, either way."""
+    if len(a) - 1 <= top:
+        return None
     both = zip(_nearest(a, top), _nearest(b, top), strict=True)
     return float(np.mean([len(mine & yours) / top for mine, yours in both]))
 

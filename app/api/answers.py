@@ -100,7 +100,7 @@ class CosineAnswer(Answered):
 
 class OverlapAnswer(Answered):
     top_k: int
-    mean: float
+    mean: float | None
 
 
 class CompatibilityAnswer(Answered):

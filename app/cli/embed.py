@@ -148,6 +148,9 @@ def context_payload(offline: Offline, given: str | None, seed: int, config: Path
             return offline.context_from(parse(path.read_bytes()))
         except (InvalidContext, ValueError) as error:
             raise ConfigError(f"{path} is no context of {offline.spec.id}: {error}") from error
+    if path.suffix and path.is_file():
+        known = ", ".join((*TEXT_SUFFIXES, ".safetensors", ".npy"))
+        raise ConfigError(f"{path}: unknown kind of file for a context; known: {known}")
     return Payload(*_stored(offline, given, config))
 
 

@@ -195,8 +195,8 @@ def test_compatibility_is_a_number(http: httpx.Client) -> None:
     create(http, "animals-b", ANIMALS[:6])
     create(http, "cooking-c", COOKING)
 
-    def compared(ref: str, other: str) -> dict[str, Any]:
-        body = {"with": other, "texts": ANIMALS, "model": V1, "top_k": 3}
+    def compared(ref: str, other: str, top_k: int = 3) -> dict[str, Any]:
+        body = {"with": other, "texts": ANIMALS, "model": V1, "top_k": top_k}
         response = http.post(f"/v1/contexts/{ref}/compatibility", json=body)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
@@ -205,6 +205,7 @@ def test_compatibility_is_a_number(http: httpx.Client) -> None:
     same = compared("animals-a", "animals-a.1")
     assert same["cosine"]["min"] == pytest.approx(1, abs=1e-6)
     assert same["overlap"] == {"top_k": 3, "mean": 1.0}
+    assert compared("animals-a", "cooking-c", len(ANIMALS) - 1)["overlap"]["mean"] is None
     far = compared("animals-a", "cooking-c")
     assert far["object"] == "context.compatibility"
     assert far["context"]["name"] == "animals-a"

@@ -154,3 +154,11 @@ def test_a_seed_that_is_none(run: Run, tmp_path: Path) -> None:
     options = ["--input", source, "--context", source, "--output", "out.npy", "--seed", str(2**63)]
     assert "--seed" in run("embed", *MODEL, *options, code=2).output
     assert "--seed" in run("contexts", "create", "zoo", source, "--seed", str(2**63), code=2).output
+
+
+def test_a_context_file_of_an_unknown_kind(run: Run, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", ANIMALS)
+    other = source.with_suffix(".csv")
+    other.write_text("text\n")
+    result = run("embed", *MODEL, "--input", source, "--context", other, "--output", "out.npy", code=1)
+    assert "unknown kind of file for a context" in str(result.exception)

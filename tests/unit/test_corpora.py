@@ -14,6 +14,7 @@ from app.corpora import BadCorpus, Record, place_of, read_beir, read_records
     [
         ("a.txt", b"good\ncaf\xe9\n", ":2: not UTF-8"),
         ("a.jsonl", b'"good"\n{"text"\n', ":2: not valid JSON"),
+        ("a.jsonl", b'"good"\n"caf\xe9"\n', ":2: not UTF-8"),
         ("a.jsonl", b'"good"\n\n{"title": "x"}\n', ":3: neither"),
         ("a.parquet", b"nonsense", "Parquet"),
         ("a.csv", b"a,b", "unknown kind"),
