@@ -12,6 +12,7 @@ LAST = b"GET /health HTTP/1.1\r\nHost: fuzz\r\nConnection: close\r\n\r\n"
 """Ends a connection, where what stands before it ended as a request."""
 EMBED = json.dumps({"model": V1, "input": "x"}).encode()
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: fuzz\r\nContent-Type: application/json\r\n"
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 VALID = [
     b"GET /health HTTP/1.1\r\nHost: fuzz\r\n\r\n",
@@ -19,6 +20,8 @@ VALID = [
     b"DELETE /v1/contexts/none HTTP/1.1\r\nHost: fuzz\r\n\r\n",
     HEAD + b"Content-Length: %d\r\n\r\n" % len(EMBED) + EMBED,
     HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(EMBED) + EMBED,
+    HEAD + OFFER + b"Content-Length: %d\r\n\r\n" % len(EMBED) + EMBED,
+    HEAD + OFFER + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(EMBED), EMBED),
     CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(EMBED), EMBED),
     CHUNKED + b"".join(b"1;e=1\r\n%c\r\n" % byte for byte in EMBED) + b"0\r\nTrailer: x\r\n\r\n",
     b'POST /v1/contexts?name=fuzz HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 4\r\n\r\n"x"\n',
