@@ -2,16 +2,14 @@
 
 import os
 
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
-
 from app.api.auth import Keyring
 from app.assembly import devices_of, options_of, served_names
 from app.context_refs import parse_ref
-from app.errors import CheckpointError, ConfigError, InvalidRequest
+from app.errors import CheckpointError, ConfigError, InvalidRequest, StoreError
 from app.models.loading import check_options
 from app.registry import check_distinct
 from app.settings import Settings
+from app.stores.database import parsed_url
 
 
 def check(settings: Settings) -> None:
@@ -43,8 +41,8 @@ def _check_store(settings: Settings) -> None:
         )
     if url is not None:
         try:
-            make_url(url.get_secret_value())
-        except ArgumentError:  # its message shows the URL, and with it the password
+            parsed_url(url.get_secret_value())
+        except StoreError:
             raise ConfigError(
-                "contexts.database_url cannot be read; it is like postgresql://USER:PASSWORD@HOST/DATABASE"
+                "contexts.database_url cannot be used; it is like postgresql://USER:PASSWORD@HOST/DATABASE"
             ) from None

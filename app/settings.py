@@ -17,7 +17,9 @@ class _Group(BaseModel):
 
 class ModelSettings(_Group):
     name: str = Field(
-        "builtin/minilm-context", description="Hub id, folder in the Hub's layout, or the embedded default"
+        "builtin/minilm-context",
+        min_length=1,
+        description="Hub id, folder in the Hub's layout, or the embedded default",
     )
     served_name: str | None = Field(None, description="Name clients use; absent: the Hub id, or the folder's last part")
     aliases: tuple[str, ...] = Field((), description="More names clients may use")
@@ -43,7 +45,7 @@ class ModelSettings(_Group):
 
 
 class ServerSettings(_Group):
-    host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback only with keys")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; beyond loopback only with keys")
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
     allow_unauthenticated: bool = Field(False, description="Listen beyond loopback without keys")
     keys_file: Path | None = Field(None, description="TOML file of API keys (SHA-256 digests); reloaded on change")

@@ -99,7 +99,7 @@ def _read(path: Path) -> tuple[Key, ...]:
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -207,7 +207,7 @@ def http(
             table.add_row(name, str(value))
         wide_console().print(table)
     if not outcome.latencies:
-        messages.print(f"error: nothing was answered by {load.url}: {outcome.said}", style="red", markup=False)
+        messages.print(f"error: nothing was answered by {load.url}: {outcome.said}", style="red")
         raise typer.Exit(1)
 
 

@@ -1,6 +1,5 @@
 """`cde-server contexts check`: looks through the store itself, beside a running server or without one."""
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,11 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.options import ConfigOption, messages
+from app.cli.options import ConfigOption, messages, wide_console
 from app.settings_sources import load_settings
 from app.stores.checks.database import check_store
-
-WIDE = 240
 
 
 def check(
@@ -35,8 +32,7 @@ def check(
         table = Table("what", "is wrong", "what to do", show_lines=True)
         for finding in report.findings:
             table.add_row(finding.what, finding.problem, finding.remedy)
-        # A pipe has no width: nothing is cut there.
-        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+        wide_console().print(table)
     messages.print(f"{counts} checked: {len(report.findings) or 'nothing'} found")
     if report.findings:
         raise typer.Exit(1)

@@ -68,21 +68,28 @@ class Server:
                 timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # a build takes as long as it takes
             )
         except httpx.HTTPError as error:
-            messages.print(f"error: {self._url} does not answer: {error}", style="red", markup=False)
+            messages.print(f"error: {self._url} does not answer: {error}", style="red")
             raise typer.Exit(1) from error
         if not response.is_success:
-            messages.print(f"error: {_message(response)}", style="red", markup=False)
+            messages.print(f"error: {_message(response)}", style="red")
             raise typer.Exit(1)
         return response
 
 
-def parsed(response: httpx.Response) -> Any:
-    """The JSON in an answer. Raises typer.Exit."""
+def parsed(response: httpx.Response, kind: str | None = None) -> Any:
+    """The JSON in an answer; `kind`: of which object. Raises typer.Exit."""
     try:
-        return response.json()
+        found = response.json()
     except ValueError as error:
-        messages.print(f"error: what answers at {response.url} is no cde-server: no JSON came", style="red")
-        raise typer.Exit(1) from error
+        raise no_server_of_ours(response, "no JSON came") from error
+    if kind is not None and not (isinstance(found, dict) and found.get("object") == kind):
+        raise no_server_of_ours(response, f"no {kind} came")
+    return found
+
+
+def no_server_of_ours(response: httpx.Response, why: str) -> typer.Exit:
+    messages.print(f"error: what answers at {response.url} is no cde-server: {why}", style="red")
+    return typer.Exit(1)
 
 
 def _message(response: httpx.Response) -> str:

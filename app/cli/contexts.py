@@ -13,7 +13,7 @@ from rich.table import Table
 
 from app.api.schemas import NPY, SAFETENSORS
 from app.cli.check import check
-from app.cli.client import LOCAL, KeyOption, Server, UrlOption, parsed
+from app.cli.client import LOCAL, KeyOption, Server, UrlOption, no_server_of_ours, parsed
 from app.cli.options import SeedOption, messages, progress, wide_console
 from app.corpora import read_records
 
@@ -51,7 +51,7 @@ def create(
             content=lines(),
             headers={"Content-Type": "application/x-ndjson"},
         )
-    _show(parsed(response))
+    _show(response)
     if response.status_code == httpx.codes.OK:
         messages.print("this content was there already")
 
@@ -62,7 +62,8 @@ def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel 
     found: list[dict[str, Any]] = []
     server, after, more = Server(url, api_key, model), None, True
     while more:
-        page = parsed(server.call("GET", "/v1/contexts", params={"limit": 100} | ({"after": after} if after else {})))
+        answer = server.call("GET", "/v1/contexts", params={"limit": 100} | ({"after": after} if after else {}))
+        page = parsed(answer, "list")
         found += page["data"]
         after, more = page["last_id"], page["has_more"]
     _print_table(found)
@@ -71,19 +72,19 @@ def list_(*, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel 
 @contexts.command()
 def show(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """One context, by name, name.version or id."""
-    _show(parsed(Server(url, api_key, model).call("GET", _path(ref))))
+    _show(Server(url, api_key, model).call("GET", _path(ref)))
 
 
 @contexts.command()
 def versions(name: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """All versions of a name, newest first."""
-    _print_table(parsed(Server(url, api_key, model).call("GET", f"{_path(name)}/versions"))["data"])
+    _print_table(parsed(Server(url, api_key, model).call("GET", f"{_path(name)}/versions"), "list")["data"])
 
 
 @contexts.command()
 def rollback(
     name: str,
-    version: Annotated[int, typer.Argument(min=1)],
+    version: Annotated[int, typer.Argument(min=1, max=10**9 - 1)],
     *,
     url: UrlOption = LOCAL,
     api_key: KeyOption = None,
@@ -96,13 +97,13 @@ def rollback(
         content=orjson.dumps({"version": version}),
         headers={"Content-Type": "application/json"},
     )
-    _show(parsed(response))
+    _show(response)
 
 
 @contexts.command()
 def delete(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """By name: the name and all its versions; by name.version or id: that one."""
-    Server(url, api_key, model).call("DELETE", _path(ref))
+    parsed(Server(url, api_key, model).call("DELETE", _path(ref)), "context.deleted")
     messages.print(f"{ref} is deleted")
 
 
@@ -110,8 +111,16 @@ def delete(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model
 def export(ref: str, file: Path, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
     """Its arrays to a file: .safetensors or .npy."""
     response = Server(url, api_key, model).call("GET", f"{_path(ref)}/embeddings", headers={"Accept": _kind(file)})
-    file.write_bytes(response.content)
-    messages.print(f"{ref} ({response.headers['x-context-id']}) is in {file}")
+    made = response.headers.get("x-context-id")
+    if made is None:
+        raise no_server_of_ours(response, "no context came")
+    target = file.with_name(file.name + ".writing")
+    try:
+        target.write_bytes(response.content)
+        target.replace(file)
+    finally:
+        target.unlink(missing_ok=True)
+    messages.print(f"{ref} ({made}) is in {file}")
 
 
 @contexts.command("import")
@@ -122,11 +131,14 @@ def import_(
     response = Server(url, api_key, model).call(
         "PUT", f"{_path(name)}/embeddings", content=file.read_bytes(), headers={"Content-Type": _kind(file)}
     )
-    _show(parsed(response))
+    _show(response)
 
 
 def _path(ref: str) -> str:
-    """Of a context. Quoted: behind a '#' or '?' nothing would be sent, and another context meant."""
+    """Of a context. Quoted: behind a '#' or '?' nothing would be sent, and another context meant. Raises
+    typer.BadParameter for what a URL has no room for."""
+    if ref in ("", ".", ".."):
+        raise typer.BadParameter(f"{ref!r} names no context")
     return f"/v1/contexts/{quote(ref, safe='')}"
 
 
@@ -147,5 +159,5 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     wide_console().print(table)
 
 
-def _show(context: dict[str, Any]) -> None:
-    Console(soft_wrap=True).print_json(orjson.dumps(context).decode())
+def _show(response: httpx.Response) -> None:
+    Console(soft_wrap=True).print_json(orjson.dumps(parsed(response, "context")).decode())

@@ -1,6 +1,7 @@
 """`cde-server keys create`: a new API key, and the lines that let it in."""
 
 import hashlib
+import re
 import secrets
 from typing import Annotated
 
@@ -9,7 +10,6 @@ import typer
 from app.api.auth import ALL_SCOPES
 from app.cli.options import messages
 from app.context_refs import NAME
-from app.domain import SHARED
 
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
@@ -20,14 +20,14 @@ def create(
     *,
     scope: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ALL_SCOPES)}; absent: all")] = None,
     namespace: Annotated[
-        str, typer.Option(help="Its contexts are its own; absent: those that all keys without one share")
-    ] = SHARED,
+        str | None, typer.Option(help="Its contexts are its own; absent: those that all keys without one share")
+    ] = None,
 ) -> None:
     """Print a new key's entry for the keys file on stdout, and the key itself, once, on stderr."""
     unknown = set(scope or ()) - set(ALL_SCOPES)
-    if unknown or (not name.isidentifier() and not name.replace("-", "").isalnum()):
-        raise typer.BadParameter(f"names are letters, digits and '-'; scopes are {', '.join(ALL_SCOPES)}")
-    if namespace and not NAME.fullmatch(namespace):
+    if unknown or not re.fullmatch("[A-Za-z0-9_-]+", name):
+        raise typer.BadParameter(f"names are letters, digits, '_' and '-'; scopes are {', '.join(ALL_SCOPES)}")
+    if namespace is not None and not NAME.fullmatch(namespace):
         raise typer.BadParameter("a namespace is made of a-z, 0-9, '_' and '-', at most 63 of them")
     secret = f"cde-{secrets.token_urlsafe(32)}"
     scopes = ", ".join(f'"{s}"' for s in scope or ALL_SCOPES)
@@ -37,7 +37,7 @@ def create(
         f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"',
         f"scopes = [{scopes}]",
     ]
-    if namespace:
+    if namespace is not None:
         lines.append(f'namespace = "{namespace}"')
     typer.echo("\n".join(lines))
-    messages.print(f"The key, shown this once: {secret}", markup=False)
+    messages.print(f"The key, shown this once: {secret}")

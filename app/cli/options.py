@@ -26,14 +26,15 @@ SeedOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+"""Without markup, here and below: names may hold brackets."""
 
 WIDE = 240
 
 
 def wide_console() -> Console:
     """stdout. A pipe has no width: nothing is cut there."""
-    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False)
 
 
 def progress() -> Progress:

@@ -14,8 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from app.cli.client import Server, parsed
-from app.cli.options import ConfigOption, DeviceOption, DtypeOption, RevisionOption, SemanticsOption, messages
+from app.cli.client import Server, no_server_of_ours, parsed
+from app.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    RevisionOption,
+    SemanticsOption,
+    messages,
+    wide_console,
+)
 from app.corpora import BadCorpus, read_records
 from app.domain import FloatArray
 from app.errors import ConfigError
@@ -125,7 +133,11 @@ def _server(server: Server, model: str | None, options: LoadOptions) -> bool:
         response = server.call(method, path, content=body, headers={"Content-Type": "application/json"})
         return Answer(parsed(response), dict(response.headers))
 
-    wanted = call("GET", "/info").body["models"]
+    answer = server.call("GET", "/info")
+    info = parsed(answer)
+    if not isinstance(info, dict) or "models" not in info:
+        raise no_server_of_ours(answer, "no models came")
+    wanted = info["models"]
     if model is not None:
         weights = weights_revision(model, options.revision)
         served = ", ".join(f"{m['id']} ({m['weights_sha256'][:12]}…)" for m in wanted)
@@ -183,7 +195,7 @@ def _reference(model: str, options: LoadOptions, texts: Sequence[str], python: s
         return False
     best = min(matching, key=lambda row: row.max_abs_diff)
     chosen = ", ".join(f"{name} = {orjson.dumps(value).decode()}" for name, value in best.settings.items())
-    messages.print(f"{made_by}: the code of {model} computes {chosen}, to {best.max_abs_diff:.1e}", markup=False)
+    messages.print(f"{made_by}: the code of {model} computes {chosen}, to {best.max_abs_diff:.1e}")
     if len(matching) > 1:
         messages.print("these texts do not tell the semantics that are marked as the same apart: give more of them")
     return all(row.same for row in stages if not row.settings)
@@ -214,7 +226,7 @@ def _goldens(goldens: Path, output: Path | None, variant: Variant, options: Load
         save_file(arrays, output)
     worst = max(differences, key=lambda d: d.max_abs_diff / d.limit)
     failed = [d for d in differences if not d.ok]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for difference in failed:
         console.print(f"FAIL {difference.name}: {difference.max_abs_diff:.2e}, limit {difference.limit:.2e}")
     console.print(
@@ -225,9 +237,8 @@ def _goldens(goldens: Path, output: Path | None, variant: Variant, options: Load
 
 
 def _print(table: Table, title: str) -> None:
-    """A pipe has no width: nothing is cut there."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
-    console.print(title, soft_wrap=True, markup=False)
+    console = wide_console()
+    console.print(title, soft_wrap=True)
     console.print(table)
 
 

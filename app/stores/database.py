@@ -24,6 +24,7 @@ from app.telemetry.metrics import STORE_FAILURES, STORE_RETRIES, STORE_SECONDS
 
 T = TypeVar("T")
 
+POSTGRESQL = "postgresql+psycopg"
 MIGRATION_LOCK = 4_201_002_525
 """PostgreSQL's advisory lock for the migrations: processes that start together run them one after the other."""
 ATTEMPTS = 8
@@ -115,10 +116,10 @@ def parsed_url(url: str) -> URL:
     """Raises StoreError, which never shows a password."""
     try:
         parsed = _with_driver(make_url(url))
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # a port that is no number is a plain ValueError
         parsed = None
-    if parsed is None or (parsed.get_backend_name() != "postgresql" and sqlite.file_of(parsed) is None):
-        raise StoreError("The context store's URL cannot be read; it is like postgresql://USER@HOST/DATABASE")
+    if parsed is None or (parsed.drivername != POSTGRESQL and sqlite.file_of(parsed) is None):
+        raise StoreError("The context store's URL cannot be used; it is like postgresql://USER@HOST/DATABASE")
     return parsed
 
 
@@ -186,7 +187,7 @@ def _alembic() -> Config:
 
 def _with_driver(url: URL) -> URL:
     """postgres:// and postgresql:// mean psycopg 3, the driver of the extra `postgres`."""
-    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgres", "postgresql") else url
+    return url.set(drivername=POSTGRESQL) if url.drivername in ("postgres", "postgresql") else url
 
 
 def _opened(url: URL) -> Engine:

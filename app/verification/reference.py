@@ -5,6 +5,7 @@ ours, its first stage's rows are the context on both sides.
 """
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from app.domain import DATASET_EMBEDDINGS, FloatArray, InputType, Payload, Stage, TokenizedText
 from app.errors import CheckpointError, ConfigError
@@ -68,6 +69,8 @@ def compare(
         asked = [*_tokens(offline, texts, InputType.QUERY), *_tokens(offline, texts, InputType.DOCUMENT)]
         own = offline.submit(Stage.FIRST, documents, Payload("no corpus arrays", {})).result()
         theirs = _run(name, options.revision, documents, asked, spec.corpus_size, python=python, variables=variables)
+    _check(name, "first", theirs.first_stage, own.shape)
+    _check(name, "second", theirs.second_stage, (len(asked), own.shape[1]))
     rows = np.stack(repeated(list(theirs.first_stage), spec.corpus_size))
 
     def found() -> Iterator[Row]:
@@ -130,20 +133,34 @@ def _run(
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.safetensors")
         request.write_text(json.dumps({**ids, "corpus_size": corpus_size}), encoding="utf-8")
-        command = [python, str(PROGRAM), source, revision or "", str(request), str(answer)]
+        program = os.path.abspath(python) if os.sep in python else python  # noqa: PTH100 - a venv's link stays one
+        command = [program, str(PROGRAM), source, revision or "", str(request), str(answer)]
         try:
             done = subprocess.run(  # noqa: S603 - the user said that it may
-                command, cwd=scratch, env=dict(variables), capture_output=True, text=True, check=False
+                command, cwd=scratch, env=dict(variables), capture_output=True, check=False
             )
         except OSError as error:
             raise CheckpointError(f"{python} cannot be run: {error}") from error
         if done.returncode != 0:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
             raise CheckpointError(
-                f"{name}: its own code did not run (exit code {done.returncode}): {lines[-1][:300]}. "
+                f"{name}: its own code did not run (exit code {done.returncode}): {lines[-1].strip()[:300]}. "
                 f"It needs torch, transformers and safetensors; the published models' code was written for "
                 f"transformers 4.48: --python names an interpreter that has it."
             )
-        with safe_open(answer, framework="numpy") as file:
-            made_by = file.metadata()["made_by"]
-            return Theirs(file.get_tensor("first_stage"), file.get_tensor("second_stage"), made_by)
+        try:
+            with safe_open(answer, framework="numpy") as file:
+                made_by = (file.metadata() or {}).get("made_by", "nobody knows what")
+                return Theirs(file.get_tensor("first_stage"), file.get_tensor("second_stage"), made_by)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{name}: its own code ended well, and left no vectors that can be read") from error
+
+
+def _check(name: str, stage: str, rows: FloatArray, shape: tuple[int, ...]) -> None:
+    """Numpy would compare one vector with all of ours. Raises CheckpointError."""
+    if rows.shape != shape:
+        raise CheckpointError(
+            f"{name}: its own code gave vectors of {rows.shape} in the {stage} stage, ours are {shape}"
+        )
+    if not np.isfinite(rows).all():
+        raise CheckpointError(f"{name}: its own code gave NaN or infinite values in the {stage} stage")

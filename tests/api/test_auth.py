@@ -97,7 +97,9 @@ def test_one_key_has_one_set_of_rights(tmp_path: Path) -> None:
         Keyring(file)
 
 
-@pytest.mark.parametrize("content", ["", "keys = 3", '[[keys]]\nname = "a"\nsha256 = "short"\n', "[["])
+@pytest.mark.parametrize(
+    "content", ["", "keys = 3", '[[keys]]\nname = "a"\nsha256 = "short"\n', "[[", "a = " + "[" * 100_000]
+)
 def test_a_bad_file_stops_the_start(tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(content)

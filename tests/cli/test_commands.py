@@ -164,20 +164,30 @@ def test_a_context_is_what_its_whole_name_says(run: Run, tmp_path: Path, server:
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "words"),
+    ("status", "headers", "body"),
     [
-        (200, {"Content-Type": "text/html"}, "is no cde-server"),
-        (301, {"Location": "https://elsewhere/"}, "HTTP 301"),
+        (200, {"Content-Type": "text/html"}, b"<html>"),
+        (200, {"Content-Type": "application/json"}, b"{}"),
+        (200, {"Content-Type": "application/json"}, b"[null]"),
+        (301, {"Location": "https://elsewhere/"}, b"<html>"),
     ],
 )
-def test_what_answers_is_no_server_of_ours(run: Run, status: int, headers: dict[str, str], words: str) -> None:
+def test_what_answers_is_no_server_of_ours(
+    run: Run, tmp_path: Path, status: int, headers: dict[str, str], body: bytes
+) -> None:
+    words = "is no cde-server" if status == 200 else f"HTTP {status}"
+    kept = tmp_path / "kept.npy"
+    kept.write_bytes(b"mine")
+
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(b"<html>")
+            self.wfile.write(body)
+
+        do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *args: object) -> None:
             """Nothing on the console."""
@@ -185,12 +195,21 @@ def test_what_answers_is_no_server_of_ours(run: Run, status: int, headers: dict[
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         Thread(target=other.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{other.server_port}"
-        for command in (["contexts", "list"], ["contexts", "show", "x"], ["contexts", "versions", "x"], ["verify"]):
-            result = run(*command, "--url", url, code=1)
+        for command in ("contexts list", "contexts show x", "contexts versions x", "contexts delete x", "verify"):
+            result = run(*command.split(), "--url", url, code=1)
             assert isinstance(result.exception, SystemExit)
             assert words in result.stderr
             assert headers.get("Location", "") in result.stderr
+        assert words in run("contexts", "export", "x", kept, "--url", url, code=1).stderr
         other.shutdown()
+    assert kept.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_refs_that_no_url_has_room_for(run: Run) -> None:
+    for ref in ("", ".", ".."):
+        assert "names no context" in run("contexts", "show", ref, code=2).output
+    assert "999999999" in run("contexts", "rollback", "x", str(2**70), code=2).output
 
 
 def test_eval_measures_what_it_says(run: Run, tmp_path: Path) -> None:
@@ -380,7 +399,10 @@ def test_keys_create_takes_a_namespace(tmp_path: Path) -> None:
     key = Keyring(file).find(result.stderr.split()[-1])
     assert key is not None
     assert (key.namespace, key.scopes) == ("team-a", ("embed",))
-    assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", "Not OK"]).exit_code == 2
+    for namespace in ("Not OK", ""):  # of a variable that is not set, say: it must not be the one that all share
+        assert CliRunner().invoke(app, ["keys", "create", "team", "--namespace", namespace]).exit_code == 2
+    assert CliRunner().invoke(app, ["keys", "create", "a-b_c"]).exit_code == 0
+    assert CliRunner().invoke(app, ["keys", "create", "\u00bd"]).exit_code == 2
 
 
 def test_an_output_is_written_by_one_process_alone(run: Run, tmp_path: Path) -> None:

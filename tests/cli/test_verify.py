@@ -295,6 +295,36 @@ safetensors.numpy.save_file({"first_stage": rows[:2], "second_stage": rows}, sys
     assert "(chance)" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ("", "left no vectors that can be read"),
+        ("open(sys.argv[5], 'wb').write(b'junk')", "left no vectors that can be read"),
+        ("save({'first_stage': rows[:2], 'second_stage': rows[:1]})", "vectors of (1, 64) in the second stage"),
+        ("save({'first_stage': rows[:2, :8], 'second_stage': rows})", "vectors of (2, 8) in the first stage"),
+        ("save({'first_stage': rows[None], 'second_stage': rows})", "vectors of (1, 4, 64) in the first stage"),
+        ("save({'first_stage': rows[:2] * numpy.nan, 'second_stage': rows})", "NaN or infinite values in the first"),
+    ],
+)
+def test_code_that_gives_no_vectors_to_compare(
+    run: Run, shipping: Path, monkeypatch: pytest.MonkeyPatch, answers: str, words: str
+) -> None:
+    """And says on stderr what is no text; the interpreter is named from where the user is."""
+    script = f"""#!{sys.executable}
+import sys, numpy, safetensors.numpy
+sys.stderr.buffer.write(bytes([255]))
+rows = numpy.ones((4, 64), "float32")
+save = lambda arrays: safetensors.numpy.save_file(arrays, sys.argv[5])
+{answers}
+"""
+    interpreter(shipping, script)
+    monkeypatch.chdir(shipping)
+    options = ("--reference", "--trust-remote-code", "--input", texts_of(shipping), "--limit", "2")
+    refused = run("verify", "--model", shipping, *options, "--python", "./python", code=1)
+    assert isinstance(refused.exception, CheckpointError)
+    assert words in str(refused.exception)
+
+
 def test_code_that_does_not_run(run: Run, shipping: Path) -> None:
     options = ("--reference", "--trust-remote-code", "--input", texts_of(shipping))
     python = interpreter(shipping, "#!/bin/sh\necho 'ImportError: no transformers' >&2\nexit 3\n")

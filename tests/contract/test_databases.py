@@ -95,5 +95,5 @@ def test_no_password_in_the_message(given: str) -> None:
 
 
 def test_a_url_that_is_none() -> None:
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="cannot be used"):
         Database("hunter2")
