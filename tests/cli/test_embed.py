@@ -91,7 +91,9 @@ def test_a_text_that_is_too_long_is_named_by_its_line(run: Run, tmp_path: Path) 
 def test_ctrl_c_ends_in_order(tmp_path: Path) -> None:
     """And not by an abort, under the forwards that run."""
     (tmp_path / "in.txt").write_text("".join(f"text {i} of many\n" for i in range(20_000)))
-    program = "import sys\nfrom app.cli import main\nsys.argv[0] = 'cde-server'\nmain()"
+    # A shell starts what runs behind it with interrupts ignored, and that is inherited.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program = f"{heard}import sys\nfrom app.cli import main\nsys.argv[0] = 'cde-server'\nmain()"
     command = [sys.executable, "-c", program, "embed", *MODEL, "--input", "in.txt", "--output", "out.npy"]
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=PIPE) as process:
         partial = tmp_path / "out.npy.partial"
