@@ -59,13 +59,7 @@ class TextTokenizer:
         return [self._tokenizer.id_to_token(i) or "" for i in input_ids]
 
     def texts(
-        self,
-        texts: Sequence[str],
-        input_type: InputType | None,
-        default: InputType,
-        *,
-        truncate: bool,
-        first: int = 0,
+        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool, first: int = 0
     ) -> list[TokenizedText]:
         """`input_type` None: a prompt already in a text is kept, else `default`'s goes in front.
 
@@ -88,13 +82,7 @@ class TextTokenizer:
         return _within(most, self._texts(texts, input_type, default, truncate=truncate))
 
     def _texts(
-        self,
-        texts: Sequence[str],
-        input_type: InputType | None,
-        default: InputType,
-        *,
-        truncate: bool,
-        first: int = 0,
+        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool, first: int = 0
     ) -> Iterator[list[TokenizedText]]:
         limit = self._max_length * CHARACTERS_PER_TOKEN
         too_long = next((i for i, text in enumerate(texts) if len(text) > limit), None)

@@ -37,7 +37,6 @@ from app.verification.reference import Row, compare
 from app.verification.remote import Answer, Known, checks_of
 
 SEMANTICS = ("semantics", "output_residual", "mask_instruction")
-WIDE = 160
 
 
 class Variant(StrEnum):
