@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import orjson
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
@@ -15,10 +16,24 @@ from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, Selection, Tokeniz
 
 MAX_HEADER_BYTES = 2**16
 """Of a safetensors file; a context holds a handful of arrays, and a header may name millions of empty ones."""
+NPY_MAGIC = b"\x93NUMPY"
+WEIGHTS = "weights_sha256"
+"""In the metadata of an exported file: the weights that made it."""
 
 
-def to_safetensors(arrays: Arrays) -> bytes:
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+def to_safetensors(arrays: Arrays, weights: str | None = None) -> bytes:
+    """`weights`: the SHA-256 of those that made the arrays, for whoever imports them."""
+    metadata = None if weights is None else {WEIGHTS: weights}
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+
+
+def weights_named(data: bytes) -> str | None:
+    """The SHA-256 of the weights that made a file's arrays, where it says so; of data that can be read."""
+    if data.startswith(NPY_MAGIC):
+        return None
+    header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    named: str | None = (header.get("__metadata__") or {}).get(WEIGHTS)
+    return named
 
 
 def from_safetensors(data: bytes) -> Arrays:

@@ -39,7 +39,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, config: Path | Non
     """
     named = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
     if named and not named.is_file():
-        raise ConfigError(f"The settings file {named} does not exist")
+        raise ConfigError(f"The settings file {named} {'is not a file' if named.exists() else 'does not exist'}")
     _check_variables()
 
     class Layered(Settings, BaseSettings):

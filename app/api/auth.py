@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from app.domain import SHARED
@@ -33,7 +33,7 @@ class Key(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{64}$", to_lower=True)]
     scopes: tuple[Scope, ...] = ALL_SCOPES
     namespace: str = Field(SHARED, pattern="^[a-z0-9][a-z0-9_-]{0,62}$")
 
@@ -95,7 +95,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 def _read(path: Path) -> tuple[Key, ...]:
     try:
-        return _KeysFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).keys
+        return _KeysFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig"))).keys
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

@@ -1,6 +1,7 @@
 """/v1/contexts: create, import, list, get, export, versions, rollback, delete, compare."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -32,9 +33,9 @@ from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
 from app.context_refs import check_name, parse_ref
 from app.domain import ContextInfo, ContextStatus, Selection, Space
-from app.errors import InvalidRequest, UnsupportedMediaType
+from app.errors import ContextModelMismatch, InvalidRequest, UnsupportedMediaType
 from app.json_text import InvalidJson, parse_json
-from app.payloads import from_npy, from_safetensors, to_npy, to_safetensors
+from app.payloads import NPY_MAGIC, from_npy, from_safetensors, to_npy, to_safetensors, weights_named
 from app.registry import Registry, ServedModel
 from app.selection import Minicorpus
 
@@ -135,11 +136,17 @@ async def import_context(
         raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; {SAFETENSORS} or {NPY} is expected.")
     check_name(name)
     data = await read_body(request, settings.limits.max_body_bytes)
-    parse = from_npy if kind == NPY or data.startswith(b"\x93NUMPY") else from_safetensors
+    parse = from_npy if kind == NPY or data.startswith(NPY_MAGIC) else from_safetensors
     try:
-        arrays = await asyncio.to_thread(parse, data)
+        arrays, weights = await asyncio.to_thread(parse, data), weights_named(data)
     except ValueError as error:
         raise InvalidRequest(f"The body cannot be read: {error}.", param="body") from error
+    if weights not in (None, served.spec.revision):
+        raise ContextModelMismatch(
+            f"These arrays were exported from a context of other weights than those that {served.id} is served with. "
+            f"Import them for the model they were made with, or create the context from its documents.",
+            param="body",
+        )
     return _stored(*await catalog.import_arrays(served, Creation(name, {}, namespace), arrays))
 
 
@@ -189,8 +196,9 @@ async def export_context(
     """The arrays: safetensors, or .npy with `Accept: application/x-npy`."""
     info, arrays = await catalog.export(space, parse_ref(ref, param="ref"))
     npy = NPY in request.headers.get("accept", "")
+    render = to_npy if npy else partial(to_safetensors, weights=info.model_revision)
     try:
-        content = await asyncio.to_thread(to_npy if npy else to_safetensors, arrays)
+        content = await asyncio.to_thread(render, arrays)
     except ValueError as error:
         raise InvalidRequest(f"Cannot export as .npy: {error}.", param="Accept") from error
     filename = f"{info.name}.{info.version}.{'npy' if npy else 'safetensors'}"

@@ -16,7 +16,7 @@ from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.client import LOCAL, KeyOption, UrlOption, address, bearer
-from app.cli.options import RevisionOption, messages, wide_console
+from app.cli.options import RevisionOption, given_options, messages, wide_console
 from app.models.loading import BUILTIN, LoadOptions, check_device
 
 bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
@@ -125,10 +125,8 @@ def _numbers(given: str, option: str, *, most: int = sys.maxsize) -> list[int]:
 
 def _nothing_given(context: typer.Context) -> None:
     """Options before `gpu` or `http` would be passed over. Raises typer.BadParameter."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"options of {context.invoked_subcommand} stand behind its name")
+    if given_options(context):
+        raise typer.BadParameter(f"options of {context.invoked_subcommand} stand behind its name")
 
 
 def _show(machine: dict[str, Any], rows: Sequence[Row | GpuRow], table: Table, *, as_json: bool) -> None:
@@ -179,6 +177,7 @@ def _shown(value: float | None, form: str) -> str:
 
 @bench.command()
 def http(
+    context: typer.Context,
     *,
     url: UrlOption = LOCAL,
     api_key: KeyOption = None,
@@ -191,6 +190,8 @@ def http(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
     """Load on a running server: texts a second and latencies. Exit code 1: nothing was answered."""
+    if rate is not None and "clients" in given_options(context):
+        raise typer.BadParameter("--clients ask as fast as they are answered, --rate does not wait: name one")
     load = Load(address(url), model, bearer(api_key), texts, words)
     run = (
         closed_loop(load, clients=clients, seconds=seconds)

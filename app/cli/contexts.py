@@ -108,8 +108,18 @@ def delete(ref: str, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model
 
 
 @contexts.command()
-def export(ref: str, file: Path, *, url: UrlOption = LOCAL, api_key: KeyOption = None, model: ForModel = None) -> None:
+def export(
+    ref: str,
+    file: Path,
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there")] = False,
+    url: UrlOption = LOCAL,
+    api_key: KeyOption = None,
+    model: ForModel = None,
+) -> None:
     """Its arrays to a file: .safetensors or .npy."""
+    if file.exists() and not overwrite:
+        raise typer.BadParameter(f"{file} is there: choose another file, or replace it with --overwrite")
     response = Server(url, api_key, model).call("GET", f"{_path(ref)}/embeddings", headers={"Accept": _kind(file)})
     made = response.headers.get("x-context-id")
     if made is None:

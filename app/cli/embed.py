@@ -38,7 +38,7 @@ from app.errors import ConfigError, ContextLengthExceeded
 from app.models.base import InvalidContext
 from app.models.loading import LoadOptions
 from app.offline import Offline
-from app.payloads import from_npy, from_safetensors
+from app.payloads import from_npy, from_safetensors, weights_named
 from app.scale.job import Recipe
 from app.settings import ModelSettings, Settings
 from app.settings_sources import load_settings
@@ -143,11 +143,14 @@ def context_payload(offline: Offline, given: str | None, seed: int, config: Path
     if path.suffix.lower() in TEXT_SUFFIXES:
         return offline.context_of((record.text for record in read_records(path)), Selection(seed=seed))
     if path.suffix.lower() in (".safetensors", ".npy"):
-        parse = from_npy if path.suffix.lower() == ".npy" else from_safetensors
+        parse, data = from_npy if path.suffix.lower() == ".npy" else from_safetensors, path.read_bytes()
         try:
-            return offline.context_from(parse(path.read_bytes()))
+            payload = offline.context_from(parse(data))
         except (InvalidContext, ValueError) as error:
             raise ConfigError(f"{path} is no context of {offline.spec.id}: {error}") from error
+        if weights_named(data) not in (None, offline.spec.revision):
+            raise ConfigError(f"{path} was made with other weights than those of {offline.spec.id}")
+        return payload
     if path.suffix and path.is_file():
         known = ", ".join((*TEXT_SUFFIXES, ".safetensors", ".npy"))
         raise ConfigError(f"{path}: unknown kind of file for a context; known: {known}")

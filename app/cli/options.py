@@ -26,6 +26,14 @@ SeedOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """What stands on the command line itself: parameter -> option."""
+    sources = {p.name: context.get_parameter_source(p.name) for p in context.command.params if p.name}
+    named = {p.name: p.opts[0] for p in context.command.params if p.name}
+    return {name: named[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 """Without markup, here and below: names may hold brackets."""
 

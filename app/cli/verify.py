@@ -21,6 +21,7 @@ from app.cli.options import (
     DtypeOption,
     RevisionOption,
     SemanticsOption,
+    given_options,
     messages,
     wide_console,
 )
@@ -33,10 +34,17 @@ from app.offline import Offline
 from app.references import References
 from app.selfcheck import examine
 from app.settings_sources import load_settings, without_settings
-from app.verification.reference import Row, compare
+from app.verification.reference import compare
 from app.verification.remote import Answer, Known, checks_of
 
 SEMANTICS = ("semantics", "output_residual", "mask_instruction")
+
+TAKES = {  # an option that is passed over leaves somebody believing that it was checked
+    "--model": {"model", "revision", "semantics", "dtype", "device", "config"},
+    "--goldens": {"goldens", "output", "variant", "dtype", "device"},
+    "--url": {"url", "api_key", "model", "revision", "device"},
+    "--reference": {"reference", "model", "input_", "limit", "trust_remote_code", "python", "revision", "device"},
+}
 
 
 class Variant(StrEnum):
@@ -46,6 +54,7 @@ class Variant(StrEnum):
 
 
 def verify(
+    context: typer.Context,
     *,
     model: Annotated[
         str | None, typer.Option(help="Self-check of this checkpoint: Hub id, folder, or builtin/minilm-context")
@@ -84,7 +93,7 @@ def verify(
     --url URL: a running server, through its API. --reference: M's own code, in a process of its own, against
     each of our semantics. --goldens FOLDER: golden cases, as in tests/goldens.
     """
-    _check_ways({"--goldens": goldens, "--url": url, "--reference": reference}, model, input_, output)
+    _check_options(given_options(context))
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
     if goldens is not None:
         ok = _goldens(goldens, output, variant, options)
@@ -100,16 +109,16 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check_ways(ways: Mapping[str, object], model: str | None, input_: Path | None, output: Path | None) -> None:
-    """An option that is passed over leaves somebody believing that it was checked. Raises typer.BadParameter."""
-    chosen = [name for name, given in ways.items() if given]
+def _check_options(given: Mapping[str, str]) -> None:
+    """`given`: parameter -> option. Raises typer.BadParameter."""
+    chosen = [option for option in TAKES if option in given.values() and option != "--model"]
     if len(chosen) > 1:
         raise typer.BadParameter(f"{' and '.join(chosen)} are different checks: name one")
-    if chosen == ["--goldens"] and model is not None:
-        raise typer.BadParameter("--goldens checks the checkpoint in its own folder: leave --model out")
-    for name, given, way in (("--input", input_, "--reference"), ("--output", output, "--goldens")):
-        if given is not None and chosen != [way]:
-            raise typer.BadParameter(f"{name} is for {way} only")
+    way = chosen[0] if chosen else "--model"
+    for name, option in given.items():
+        if name not in TAKES[way]:
+            fitting = " and ".join(other for other, parameters in TAKES.items() if name in parameters)
+            raise typer.BadParameter(f"{option} is for {fitting}, and does nothing for {way}: leave it out")
 
 
 def _checkpoint(model: str, options: LoadOptions, references: References) -> bool:
@@ -176,19 +185,15 @@ def _reference(model: str, options: LoadOptions, texts: Sequence[str], python: s
         )
     options = replace(options, dtype="float32")
     messages.print(f"running the code of {model} on {len(texts)} texts")
-    made_by, rows = compare(model, options, texts, python=python, variables=without_settings())
+    made_by, found = compare(model, options, texts, python=python, variables=without_settings())
+    rows = list(found)
     table = Table("", *SEMANTICS, "max difference", "1 - cos", "")
-    matching: list[Row] = []
-    stages: list[Row] = []
     for row in rows:
-        (matching if row.settings and row.same else stages).append(row)
-        values = [
-            str(row.settings.get(name, "")).lower() for name in ("semantics", "output_residual", "mask_instruction")
-        ]
-        table.add_row(
-            row.name, *values, f"{row.max_abs_diff:.1e}", f"{1 - row.min_cos:.1e}", "same" if row.same else ""
-        )
+        values = [str(row.settings.get(name, "")).lower() for name in SEMANTICS]
+        numbers = f"{row.max_abs_diff:.1e}", f"{1 - row.min_cos:.1e}"
+        table.add_row(row.name, *values, *numbers, "same" if row.same else "")
     _print(table, f"{model}: its own code ({made_by}) against this server's")
+    matching = [row for row in rows if row.settings and row.same]
     if not matching:
         messages.print(f"none of our semantics gives what the code of {model} gives ({made_by})")
         return False
@@ -197,7 +202,7 @@ def _reference(model: str, options: LoadOptions, texts: Sequence[str], python: s
     messages.print(f"{made_by}: the code of {model} computes {chosen}, to {best.max_abs_diff:.1e}")
     if len(matching) > 1:
         messages.print("these texts do not tell the semantics that are marked as the same apart: give more of them")
-    return all(row.same for row in stages if not row.settings)
+    return all(row.same for row in rows if not row.settings)
 
 
 def _texts(file: Path | None, limit: int) -> list[str]:

@@ -64,8 +64,9 @@ def embed_parts(job: Job, parts: Sequence[Part], context: Payload) -> Iterator[i
     there = output.begin(job.made_of(context))
     if foreign := there - names:
         raise ConfigError(
-            f"{job.output} holds {len(foreign)} parts of texts that have changed or are no longer in the input, "
-            f"{min(foreign)} among them. Remove them, or choose another folder."
+            f"{job.output} holds {len(foreign)} files that are no parts of the input as it is now, {min(foreign)} "
+            f"among them: their texts have changed or are gone, or they are of something else. Remove them, or choose "
+            f"another folder."
         )
     missing = [part for part in parts if part.output not in there]
     yield sum(part.rows for part in parts if part.output in there)

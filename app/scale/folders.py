@@ -4,6 +4,7 @@ An output folder holds parts, each of which is there whole or not at all, and `_
 """
 
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -20,6 +21,8 @@ from app.errors import ConfigError
 
 RUN = "_run.json"
 WRITING = "_writing-"
+LEFT_SECONDS = 3600
+"""Behind which a file that is not whole is nobody's any more: a part is written in seconds."""
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -85,8 +88,7 @@ class Output:
         """
         self._system.create_dir(self._folder, recursive=True)
         names = self._names()
-        for left in (name for name in names if name.startswith(WRITING)):  # of a worker that was killed
-            self._system.delete_file(f"{self._folder}/{left}")
+        self._remove_left()
         before = self._run() if RUN in names else {}
         wrong = [key for key in made_of if before.get(key) != made_of[key]] if before else []
         if wrong:
@@ -114,7 +116,18 @@ class Output:
         self._put(RUN, orjson.dumps({**self._run(), "status": "completed", **found}, option=orjson.OPT_INDENT_2))
 
     def _names(self) -> set[str]:
-        return {info.base_name for info in self._system.get_file_info(fs.FileSelector(self._folder))}
+        return {info.base_name for info in self._listed()}
+
+    def _listed(self) -> list[fs.FileInfo]:
+        found: list[fs.FileInfo] = self._system.get_file_info(fs.FileSelector(self._folder))
+        return found
+
+    def _remove_left(self) -> None:
+        """What workers that were killed had begun. What is younger may be another run's, at work on the same parts."""
+        old = time.time() - LEFT_SECONDS
+        for info in self._listed():
+            if info.base_name.startswith(WRITING) and info.mtime is not None and info.mtime.timestamp() < old:
+                self._system.delete_file(info.path)
 
     def _run(self) -> dict[str, Any]:
         with self._system.open_input_stream(f"{self._folder}/{RUN}") as file:

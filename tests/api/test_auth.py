@@ -88,6 +88,13 @@ def test_a_file_of_the_same_size_and_time_is_another_one(tmp_path: Path) -> None
     assert keyring.find("two")
 
 
+def test_a_digest_in_capitals_and_an_editors_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    digest = hashlib.sha256(b"one").hexdigest()
+    file.write_text("\ufeff" + entry("a", "one").replace(digest, digest.upper()), encoding="utf-8")
+    assert Keyring(file).find("one")
+
+
 def test_one_key_has_one_set_of_rights(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(entry("old", "one") + entry("old", "two"))

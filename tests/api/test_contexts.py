@@ -189,6 +189,20 @@ def test_export_and_import_make_the_same_vectors(http: httpx.Client, model: str)
     assert a == b
 
 
+def test_an_export_is_not_imported_for_a_model_of_the_same_shape(http: httpx.Client) -> None:
+    create(http, "of-v1", ANIMALS, model=V1)
+    exported = http.get("/v1/contexts/of-v1/embeddings", params={"model": V1}).content
+    refused = http.put("/v1/contexts/of-v1/embeddings", params={"model": V2}, content=exported)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_model_mismatch")
+    assert http.get("/v1/contexts/of-v1", params={"model": V2}).status_code == 404
+    # One that does not say whose it is, or whose header has no metadata at all, is taken at its word.
+    nobodys = save(load(exported))
+    end = 8 + int.from_bytes(nobodys[:8], "little")
+    header = b'{"__metadata__":null,' + nobodys[9:end]
+    for content in (nobodys, len(header).to_bytes(8, "little") + header + nobodys[end:]):
+        assert http.put("/v1/contexts/nobodys/embeddings", params={"model": V2}, content=content).is_success
+
+
 def test_npy_in_and_out(http: httpx.Client) -> None:
     create(http, "arrays", ANIMALS)
     accept = {"Accept": "application/x-npy"}

@@ -138,6 +138,8 @@ def test_contexts_against_a_server(run: Run, tmp_path: Path, server: str) -> Non
     assert json.loads(run("contexts", "show", "kitchen.1", *there).stdout) == made
     for file in ("k.safetensors", "k.npy"):
         run("contexts", "export", "kitchen", file, *there)
+        assert "--overwrite" in run("contexts", "export", "kitchen", file, *there, code=2).output
+        run("contexts", "export", "kitchen", file, "--overwrite", *there)
         copy = json.loads(run("contexts", "import", f"kitchen-{file[2:5]}", file, *there).stdout)
         assert copy["selection"]["method"] == "import"
     there[1] += "/v1/"  # as OpenAI's clients are given it
@@ -200,7 +202,7 @@ def test_what_answers_is_no_server_of_ours(
             assert isinstance(result.exception, SystemExit)
             assert words in result.stderr
             assert headers.get("Location", "") in result.stderr
-        assert words in run("contexts", "export", "x", kept, "--url", url, code=1).stderr
+        assert words in run("contexts", "export", "x", kept, "--overwrite", "--url", url, code=1).stderr
         other.shutdown()
     assert kept.read_bytes() == b"mine"
     assert list(tmp_path.iterdir()) == [kept]

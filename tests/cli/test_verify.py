@@ -83,11 +83,13 @@ def test_the_embedded_default_has_no_other_semantics() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--goldens", GOLDENS / V1, "--model", GOLDENS / V2], "leave --model out"),
+        (["--goldens", GOLDENS / V1, "--model", GOLDENS / V2], "does nothing for --goldens"),
         (["--goldens", GOLDENS / V1, "--url", "http://127.0.0.1:9"], "--goldens and --url"),
         (["--url", "http://127.0.0.1:9", "--model", GOLDENS / V1, "--reference"], "--url and --reference"),
-        (["--model", GOLDENS / V1, "--input", "texts.txt"], "--input is for --reference only"),
-        (["--model", GOLDENS / V1, "--output", "out.safetensors"], "--output is for --goldens only"),
+        (["--model", GOLDENS / V1, "--input", "texts.txt"], "--input is for --reference, and does nothing for --model"),
+        (["--model", GOLDENS / V1, "--output", "out.safetensors"], "--output is for --goldens, and"),
+        (["--model", GOLDENS / V1, "--reference", "--dtype", "bfloat16"], "--dtype is for --model and --goldens"),
+        (["--url", "http://127.0.0.1:9", "--semantics", "hub"], "does nothing for --url"),
     ],
 )
 def test_nothing_that_is_asked_for_is_passed_over(run: Run, arguments: list[str | Path], words: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,8 +105,11 @@ def test_an_output_is_of_one_run(tmp_path: Path) -> None:
     assert output.begin(MADE_OF) == set()
     output.write("a.parquet", pa.table({"_path": ["a"]}))
     (tmp_path / "new/out/_writing-1").touch()
+    os.utime(tmp_path / "new/out/_writing-1", (0, 0))
+    (tmp_path / "new/out/_writing-2").touch()  # another run's, at work
     assert output.begin(MADE_OF) == {"a.parquet"}
-    assert sorted(path.name for path in (tmp_path / "new/out").iterdir()) == ["_run.json", "a.parquet"]
+    left = sorted(path.name for path in (tmp_path / "new/out").iterdir())
+    assert left == ["_run.json", "_writing-2", "a.parquet"]
     output.complete({"rows": 1})
     assert json.loads((tmp_path / "new/out/_run.json").read_bytes()) == {**MADE_OF, "status": "completed", "rows": 1}
     with pytest.raises(ConfigError, match="fingerprint is fp_1 there and fp_2 now"):
