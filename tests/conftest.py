@@ -2,8 +2,10 @@
 
 import gc
 import os
+import ssl
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,9 @@ from tests.postgres import postgres_server
 
 # Read as Triton is imported: kernels for GPUs are interpreted in tests.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Clients make one each, of a tenth of a second, also for servers that speak plain HTTP: all of them here.
+ssl.create_default_context = lru_cache(ssl.create_default_context)  # type: ignore[assignment]
 
 BUILTIN = "builtin/minilm-context"
 

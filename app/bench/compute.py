@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from app.bench.bound import best_rate, fraction, gemm_rates, machine, second_stage_flops
+from app.bench.bound import WIDTH, best_rate, fraction, gemm_rates, machine, second_stage_flops
 from app.bench.models import Checkpoint, load_checkpoint, random_texts
 from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS, TokenizedText
@@ -57,7 +57,7 @@ class Comparison:
         self._rounds = rounds
         self._rates = gemm_rates()
         self.machine = machine(self._rates)
-        self._dataset = torch.randn(512, 768, generator=torch.Generator().manual_seed(1))
+        self._dataset = torch.randn(checkpoint.corpus_size, WIDTH, generator=torch.Generator().manual_seed(1))
         self._reference = Reference(checkpoint) if REFERENCE in variants else None
         hub = Semantics(context_token_type=checkpoint.family == "v1")
         self._models: dict[str, ContextualModel] = {}

@@ -61,7 +61,7 @@ class GpuComparison:
         self._device = device
         self._rounds = rounds
         self._rates = device_rates(self._device)
-        self._dataset = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1))
+        self._dataset = torch.randn(checkpoint.corpus_size, WIDTH, generator=torch.Generator().manual_seed(1))
         self._exact = Reference(checkpoint, self._device) if REFERENCE in variants else None
         self._reference = Reference(checkpoint, self._device, torch.bfloat16) if REFERENCE in variants else None
         hub = Semantics(context_token_type=checkpoint.family == "v1")

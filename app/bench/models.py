@@ -33,14 +33,18 @@ class Checkpoint:
     family: Family
     backbone_config: Mapping[str, int]
     tensors: Mapping[str, Tensor]
+    corpus_size: int = CORPUS_SIZE
 
 
-def random_checkpoint(family: Family, *, layers: int | None = None, seed: int = 0) -> Checkpoint:
+def random_checkpoint(
+    family: Family, *, layers: int | None = None, corpus_size: int = CORPUS_SIZE, seed: int = 0
+) -> Checkpoint:
     """`layers` None: as many as the published model has."""
     config = {} if layers is None else {LAYERS_KEY[family]: layers}
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in _empty(family, config).state_dict().items()}
-    return Checkpoint(family, config, {name: _random(name, s, generator) for name, s in shapes.items()})
+    tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+    return Checkpoint(family, config, tensors, corpus_size)
 
 
 def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -77,9 +81,9 @@ def load_checkpoint(
         source="random",
         hidden_size=768,
         max_length=512,
-        corpus_size=CORPUS_SIZE,
+        corpus_size=checkpoint.corpus_size,
         corpus_size_is_exact=True,
-        context_rows=0 if frozen else CORPUS_SIZE + SOFT_TOKENS,
+        context_rows=0 if frozen else checkpoint.corpus_size + SOFT_TOKENS,
         prompts=PROMPTS,
         default_input_type=InputType.DOCUMENT,
         vocab_size=VOCABULARY[checkpoint.family],

@@ -5,7 +5,7 @@ PyTorch's SDPA. For benchmarks alone: transformers is no dependency of the serve
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,12 +102,12 @@ def _nomic_bert(tensors: Mapping[str, Tensor], config: Mapping[str, int]) -> Any
         else:
             state[renamed] = tensor
     layers = {"num_hidden_layers": config["n_layer"]} if config else {}
-    return _filled(transformers.NomicBertModel(transformers.NomicBertConfig(**layers)), state)
+    return _filled(transformers.NomicBertModel, transformers.NomicBertConfig(**layers), state)
 
 
 def _modern_bert(tensors: Mapping[str, Tensor], config: Mapping[str, int]) -> Any:
     transformers = _transformers()
-    return _filled(transformers.ModernBertModel(transformers.ModernBertConfig(**config)), tensors)
+    return _filled(transformers.ModernBertModel, transformers.ModernBertConfig(**config), tensors)
 
 
 def _transformers() -> Any:
@@ -119,7 +119,9 @@ def _transformers() -> Any:
         ) from error
 
 
-def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def _filled(kind: Callable[[Any], nn.Module], config: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    with importlib.import_module("transformers.initialization").no_init_weights():  # replaced at once
+        model = kind(config)
     model.load_state_dict(dict(state), assign=True)
     # Buffers, as of rotations, are in no checkpoint.
     return model.to(next(iter(state.values())).device).eval()

@@ -22,7 +22,7 @@ from tests.live import V1, live_server
 
 LARGE = "v1-tiny-c512"
 FIRST_STAGES = 'cde_forwards_total{stage="first"}'
-LONG = [f"Letter {i}: " + " ".join(f"word{i * j % 997}" for j in range(300)) for i in range(600)]
+LONG = [f"Letter {i}: " + " ".join(f"word{i * j % 997}" for j in range(150)) for i in range(600)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from app.bench import gpu
+from app.bench import compute, gpu
 from app.bench.bound import best_rate, second_stage_flops
 from app.bench.compute import Comparison, Row
 from app.bench.gpu import GpuComparison, GpuRow
@@ -31,8 +31,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", ["v1", "v2"])
-def test_variants_are_compared_to_the_reference(family: Family) -> None:
-    comparison = Comparison(random_checkpoint(family, layers=2), ["reference", "float32", "int8"], rounds=1)
+def test_variants_are_compared_to_the_reference(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "FIRST_STAGE", (4, 32))
+    comparison = Comparison(
+        random_checkpoint(family, layers=2, corpus_size=64), ["reference", "float32", "int8"], rounds=1
+    )
     rows = comparison.second_stage(8)
     assert [row.variant for row in rows] == ["reference", "float32", "int8"]
     reference, exact, rounded = rows
@@ -50,7 +53,7 @@ def test_variants_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where no graph is recorded."""
     monkeypatch.setattr(gpu, "GEMM_ROWS", 528)  # a GPU's size takes half a minute
     variants = ["reference", "float32", "bfloat16", "bfloat16-no-varlen", "frozen"]
-    checkpoint = random_checkpoint("v1", layers=2)
+    checkpoint = random_checkpoint("v1", layers=2, corpus_size=64)
     comparison = GpuComparison(checkpoint, variants, device=torch.device("cpu"), rounds=1)
     rows = comparison.second_stage(8, batch=2)
     assert [(row.variant, row.batch) for row in rows] == [(variant, 2) for variant in variants]
@@ -152,6 +155,7 @@ def test_refusals_are_counted(server: str) -> None:
         ["gpu", "--random", "v1", "--variants", "int8"],
         ["--model", "builtin/minilm-context"],
         ["http", "--rate", "0"],
+        ["http", "--rate", "1", "--clients", "2"],
         ["--random", "v1", "--lengths", "8,x"],
         ["--random", "v1", "--lengths", "0"],
         ["--random", "v1", "--lengths", "513"],

@@ -48,11 +48,11 @@ async def test_who_is_taken_is_answered_and_all_others_are_refused(loaded: LoadS
 
 async def test_few_texts_beside_many(loaded: LoadServer) -> None:
     plan = scheduling.Plan(
-        seconds=3,
+        seconds=1.5,
         rounds=1,
         share=0.5,
         bulk_clients=2,
-        bulk_texts=(12, 24),
+        bulk_texts=(6, 12),
         capacity_seconds=0.5,
         clients=1,
         words=WORDS,

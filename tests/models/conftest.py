@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,10 +30,22 @@ def load_golden(name: str, semantics: str = "training", **options: Any) -> Loade
     return load_model(str(GOLDENS / name), LoadOptions(semantics=wanted, device="cpu", dtype="float32", **options))
 
 
+FEW = 72
+"""Context rows, where how many there are changes nothing; more than a window of v2 looks to either side."""
+
+
 @lru_cache
 def random_weights(family: Family) -> Checkpoint:
     """True width, few layers; ModernBERT's are global, sliding, sliding, global."""
     return random_checkpoint(family, layers=2 if family == "v1" else 4)
+
+
+def with_few_rows(family: Family) -> Checkpoint:
+    return replace(random_weights(family), corpus_size=FEW)
+
+
+def dataset(seed: int = 0, rows: int = 512) -> FloatArray:
+    return cast("FloatArray", np.random.default_rng(seed).standard_normal((rows, 768)).astype(np.float32))
 
 
 @lru_cache

@@ -23,8 +23,7 @@ from app.models.contextual import ContextualModel
 from app.models.graphs import Replay, Room, batch_of, rows_of
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
-from tests.models.conftest import random_weights
-from tests.models.test_kernels import dataset
+from tests.models.conftest import FEW, dataset, with_few_rows
 
 
 def masked(
@@ -71,14 +70,14 @@ class Subject:
     def __init__(self, family: Family, recorder: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]) -> None:
         self.family = family
         self.launching, self.recording = self.loaded(Kernels()), self.loaded(Kernels(attention="varlen"))
-        arrays = [{DATASET_EMBEDDINGS: dataset(seed)} for seed in (1, 2)]
+        arrays = [{DATASET_EMBEDDINGS: dataset(seed, FEW)} for seed in (1, 2)]
         self.contexts: list[DeviceContext] = [self.launching.load_context(a) for a in arrays]
         with torch.inference_mode():
             self.recording.record_forwards(recorder)
 
     def loaded(self, kernels: Kernels) -> ContextualModel:
         options = LoadOptions(dtype="float32", device="cpu", kernels=kernels)
-        return load_checkpoint(random_weights(self.family), options)
+        return load_checkpoint(with_few_rows(self.family), options)
 
     def check(self, texts: list[TokenizedText], contexts: list[int]) -> None:
         own = [self.contexts[i] for i in contexts]

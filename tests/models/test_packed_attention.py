@@ -16,8 +16,7 @@ from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
 from app.models.trials import attention_is_right
 from app.models.tuning import fastest, fitted
-from tests.models.conftest import random_weights
-from tests.models.test_kernels import dataset
+from tests.models.conftest import FEW, dataset, with_few_rows
 
 CPU = torch.device("cpu")
 PACKED = Kernels(attention="varlen")
@@ -48,8 +47,9 @@ def test_it_gives_what_plain_attention_gives(family: Family, monkeypatch: pytest
     texts = random_texts(family, [9, 120, 9, 23, 300])
     vectors = []
     for kernels in (Kernels(), PACKED):
-        loaded = load_checkpoint(random_weights(family), LoadOptions(dtype="float32", device="cpu", kernels=kernels))
-        context = loaded.load_context({DATASET_EMBEDDINGS: dataset()})
+        options = LoadOptions(dtype="float32", device="cpu", kernels=kernels)
+        loaded = load_checkpoint(with_few_rows(family), options)
+        context = loaded.load_context({DATASET_EMBEDDINGS: dataset(rows=FEW)})
         with torch.inference_mode():
             second = loaded.second_stage(texts, [context] * len(texts))
             vectors.append(torch.cat((loaded.first_stage(texts, [{}] * len(texts)), second)).numpy())
