@@ -19,7 +19,7 @@ from app.embedding_files import PartialVectors
 from tests.cli.conftest import Run
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
-from tests.live import GOLDENS, V1
+from tests.live import GOLDENS, V1, V2
 
 MODEL = ["--model", str(GOLDENS / V1)]
 
@@ -142,6 +142,10 @@ def test_contexts_against_a_server(run: Run, tmp_path: Path, server: str) -> Non
         run("contexts", "export", "kitchen", file, "--overwrite", *there)
         copy = json.loads(run("contexts", "import", f"kitchen-{file[2:5]}", file, *there).stdout)
         assert copy["selection"]["method"] == "import"
+    options = ["--input", documents, "--input-type", "document", "--context", "k.safetensors", "--output", "out.npy"]
+    refused = run("embed", "--model", GOLDENS / V2, *options, code=1)
+    assert "made with other weights" in str(refused.exception)
+    run("embed", *MODEL, *options)
     there[1] += "/v1/"  # as OpenAI's clients are given it
     run("contexts", "create", "kitchen", documents, "--seed", "4", *there)
     rows = run("contexts", "versions", "kitchen", *there).stdout
