@@ -41,11 +41,14 @@ LENGTHS = [9, 120, 9, 23]
     ],
 )
 def test_goldens_on_every_kernel(name: str, kernels: Kernels) -> None:
-    goldens = Goldens.read(GOLDENS / name)
-    for variant in ("train", "hub"):
-        for array, got in goldens.run(variant, LoadOptions(dtype="float32", device="cpu", kernels=kernels)):
-            if array.endswith("/unit"):
-                np.testing.assert_allclose(got, goldens.expected[array], atol=1e-5, err_msg=array)
+    """Filled up in the one variant, else in the other; the chosen kernels do all of it in `verify --goldens`."""
+    goldens, variant = Goldens.read(GOLDENS / name), "train" if kernels.row_multiple == 1 else "hub"
+    compared = 0
+    for array, got in goldens.run(variant, LoadOptions(dtype="float32", device="cpu", kernels=kernels)):
+        if array.endswith("/unit"):
+            np.testing.assert_allclose(got, goldens.expected[array], atol=1e-5, err_msg=array)
+            compared += 1
+    assert compared > 5
 
 
 def model(
