@@ -278,6 +278,7 @@ def test_verify_notices_a_difference(run: Run, tmp_path: Path) -> None:
         (["serve", "--host", "0.0.0.0"], 2, "no keys are set"),
         (["serve", "--config", "nowhere.toml"], 2, "does not exist"),
         (["check-config", "--config", "nowhere.toml"], 2, "does not exist"),
+        (["serve", "--config", "/"], 2, "is not a file"),
         (["serve", "--model", "./nowhere", "--port", "0"], 2, "neither a folder nor a Hub id"),
         (
             ["embed", "--model", "x", "--input", "no.txt", "--input-type", "none", "--output", "x.npy"],
