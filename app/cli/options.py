@@ -29,9 +29,9 @@ ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); d
 
 def given_options(context: typer.Context) -> dict[str, str]:
     """What stands on the command line itself: parameter -> option."""
-    sources = {p.name: context.get_parameter_source(p.name) for p in context.command.params if p.name}
-    named = {p.name: p.opts[0] for p in context.command.params if p.name}
-    return {name: named[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    options = {p.name: p.opts[0] for p in context.command.params if p.name}
+    sources = {name: context.get_parameter_source(name) for name in options}
+    return {name: options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)

@@ -6,7 +6,7 @@ An output folder holds parts, each of which is there whole or not at all, and `_
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -87,9 +87,9 @@ class Output:
         Raises ConfigError where the folder holds anything else, OSError.
         """
         self._system.create_dir(self._folder, recursive=True)
-        names = self._names()
-        self._remove_left()
-        before = self._run() if RUN in names else {}
+        listed = self._listed()
+        self._remove_left(listed)
+        before = self._run() if any(info.base_name == RUN for info in listed) else {}
         wrong = [key for key in made_of if before.get(key) != made_of[key]] if before else []
         if wrong:
             raise ConfigError(
@@ -109,23 +109,20 @@ class Output:
 
     def parts(self) -> set[str]:
         """Their names. Raises OSError."""
-        return {name for name in self._names() if not name.startswith("_")}
+        return {info.base_name for info in self._listed() if not info.base_name.startswith("_")}
 
     def complete(self, found: Mapping[str, Any]) -> None:
         """Raises OSError."""
         self._put(RUN, orjson.dumps({**self._run(), "status": "completed", **found}, option=orjson.OPT_INDENT_2))
 
-    def _names(self) -> set[str]:
-        return {info.base_name for info in self._listed()}
-
     def _listed(self) -> list[fs.FileInfo]:
         found: list[fs.FileInfo] = self._system.get_file_info(fs.FileSelector(self._folder))
         return found
 
-    def _remove_left(self) -> None:
+    def _remove_left(self, listed: Sequence[fs.FileInfo]) -> None:
         """What workers that were killed had begun. What is younger may be another run's, at work on the same parts."""
         old = time.time() - LEFT_SECONDS
-        for info in self._listed():
+        for info in listed:
             if info.base_name.startswith(WRITING) and info.mtime is not None and info.mtime.timestamp() < old:
                 self._system.delete_file(info.path)
 
