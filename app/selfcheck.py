@@ -59,6 +59,8 @@ TEXTS: Sequence[tuple[str, InputType]] = (
         InputType.DOCUMENT,
     ),
 )
+AT_START = (TEXTS[1], TEXTS[3])
+"""The odd one and the long one: behind a context of 512 rows short texts take nearly as long, and show less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,13 @@ def key_for(
     """Names everything that decides the vectors besides their precision: weights, tokenizer, semantics, and the texts;
     and which stages there are."""
     sizes = map(str, (max_length, corpus_size, has_first_stage))
-    parts = (revision, tokenizer_revision, semantics, *sizes, *DOCUMENTS, *(text for text, _ in TEXTS))
+    texts = (text for text, _ in (*TEXTS, *AT_START))
+    parts = (revision, tokenizer_revision, semantics, *sizes, *DOCUMENTS, *texts)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def compute(engine: Engine, served: ServedModel) -> Arrays:
-    """Raw vectors: of DOCUMENTS (2, hidden_size) where there is a first stage, of TEXTS (4, hidden_size).
+    """Raw vectors: of DOCUMENTS (2, hidden_size) where there is a first stage, of AT_START (2, hidden_size).
 
     Raises SelfCheckError.
     """
@@ -152,7 +155,8 @@ def compute(engine: Engine, served: ServedModel) -> Arrays:
             corpus = Payload("selfcheck:corpus", model.corpus_arrays(documents))
             vectors[FIRST] = engine.submit(served.id, Stage.FIRST, documents, corpus).result(WAIT_SECONDS)
         context = Payload("selfcheck", synthetic_context(model))
-        vectors[SECOND] = engine.submit(served.id, Stage.SECOND, tokenized(served, TEXTS), context).result(WAIT_SECONDS)
+        texts = tokenized(served, AT_START)
+        vectors[SECOND] = engine.submit(served.id, Stage.SECOND, texts, context).result(WAIT_SECONDS)
     except (ServiceError, TimeoutError) as error:
         told = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise SelfCheckError(
