@@ -73,7 +73,7 @@ class TooManyTokens(InvalidRequest):
 
 
 class UnknownParameter(InvalidRequest):
-    """A field nobody knows; null counts as absent."""
+    """An unknown field in the body; null counts as absent."""
 
 
 class TokenIdsNotAccepted(InvalidRequest):
@@ -133,11 +133,11 @@ class HeadersTooLarge(ServiceError):
 
 
 class RequestTimeout(ServiceError):
-    """The request stopped coming, or came too slowly; the connection is closed."""
+    """The request stopped arriving, or arrived too slowly; the connection is closed."""
 
 
 class UnsupportedMediaType(ServiceError):
-    """The Content-Type is none that this path takes, or the body is compressed."""
+    """This path does not take that Content-Type, or the body is compressed."""
 
 
 class RetryableError(ServiceError):
@@ -153,19 +153,19 @@ class QueueFull(RetryableError):
 
 
 class TooManyBatches(RetryableError):
-    """As many batches of the namespace are unfinished as may be."""
+    """The namespace has too many unfinished batches."""
 
 
 class BodiesFull(RetryableError):
-    """The caller's requests hold as many bytes as they may."""
+    """The caller's requests and answers already hold their share of bytes."""
 
 
 class BuildsFull(RetryableError):
-    """As many contexts are being made as may be."""
+    """Too many contexts are being made."""
 
 
 class Unavailable(RetryableError):
-    """Not now."""
+    """The server cannot answer now."""
 
 
 class NotReady(Unavailable):
@@ -185,11 +185,11 @@ class ShuttingDown(Unavailable):
 
 
 class TooManyConnections(Unavailable):
-    """As many connections are open as may be."""
+    """Too many connections are open."""
 
 
 class EngineUnavailable(Unavailable):
-    """The device worker or the context store does not answer."""
+    """The device's worker does not answer."""
 
 
 class OutOfDeviceMemory(EngineUnavailable):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import numpy as np
 import pytrec_eval
@@ -20,7 +20,8 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """nDCG@10 and Recall@100, 0 to 100; with several seeds their means, and `spread` the standard deviation of nDCG."""
+    """nDCG@10 and Recall@100, 0 to 100; with several seeds their means, and `spread` the sample standard
+    deviation of nDCG."""
 
     context: str
     ndcg: float
@@ -35,10 +36,9 @@ def evaluate(
     texts = [record.text for record in collection.documents]
     none = _measure(offline, collection, offline.default_context(), advance)
     own = [_measure(offline, collection, offline.context_of(texts, Selection(seed=s)), advance) for s in range(seeds)]
-    scores = [
-        Score("none", *none),
-        Score("own", fmean(n for n, _ in own), fmean(r for _, r in own), pstdev(n for n, _ in own)),
-    ]
+    ndcgs = [ndcg for ndcg, _ in own]
+    spread = stdev(ndcgs) if len(ndcgs) > 1 else 0.0
+    scores = [Score("none", *none), Score("own", fmean(ndcgs), fmean(recall for _, recall in own), spread)]
     if foreign is not None:
         scores.append(
             Score("foreign", *_measure(offline, collection, offline.context_of(foreign, Selection()), advance))

@@ -197,8 +197,8 @@ class Settings(_Group):
                 f"server.host {server.host} is open to other machines and no keys are set: "
                 f"set server.keys_file, or server.allow_unauthenticated if something in front checks callers"
             )
-        if server.keys_file and not server.keys_file.is_file():
-            raise ValueError(f"server.keys_file {server.keys_file} does not exist")
+        if (path := server.keys_file) and not path.is_file():
+            raise ValueError(f"server.keys_file {path} {'is not a file' if path.exists() else 'does not exist'}")
         limits = self.limits
         if limits.max_body_bytes_in_flight < 2 * max(limits.max_body_bytes, limits.max_line_bytes):
             raise ValueError(

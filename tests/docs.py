@@ -4,6 +4,7 @@
 import asyncio
 import json
 import sys
+from collections import defaultdict
 from types import ModuleType
 from typing import Any
 
@@ -43,10 +44,13 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def error_rows() -> list[str]:
-    """One row a status and code, with the docstring of the first class that has them."""
-    rows = {(status, code or "", kind): cls.__doc__ or "" for cls, (status, kind, code) in [*TABLE.items()][::-1]}
-    rows |= {(status, code, INVALID): when for status, (code, when) in FRAMEWORK.items()}
-    lines = [f"| {s} | `{k}` | {f'`{c}`' if c else 'null'} | {rows[s, c, k]} |" for s, c, k in sorted(rows)]
+    """One row a status and code, with the first lines of all classes that have them."""
+    rows: dict[tuple[int, str, str], list[str]] = defaultdict(list)
+    for cls, (status, kind, code) in TABLE.items():
+        rows[status, code or "", kind].append((cls.__doc__ or "").splitlines()[0])
+    for status, (framework_code, when) in FRAMEWORK.items():
+        rows[status, framework_code, INVALID].append(when)
+    lines = [f"| {s} | `{k}` | {f'`{c}`' if c else 'null'} | {' '.join(rows[s, c, k])} |" for s, c, k in sorted(rows)]
     return ["| status | type | code | when |", "|---|---|---|---|", *lines]
 
 

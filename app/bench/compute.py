@@ -182,7 +182,8 @@ def differences(vectors: Tensor, exact: Tensor | None) -> tuple[float, float] | 
     """The largest one, and 1 - cos, of unit vectors (B, D) to the exact ones, if there are."""
     if exact is None:
         return None, None
-    return float((vectors - exact).abs().max()), float(1 - (vectors * exact).sum(dim=1).min())
+    # Rounding may make a cosine greater than 1.
+    return float((vectors - exact).abs().max()), max(0.0, float(1 - (vectors * exact).sum(dim=1).min()))
 
 
 def medians(runs: Mapping[str, Run], rounds: int, seconds: Callable[[Run], float]) -> dict[str, float]:
