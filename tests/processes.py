@@ -41,7 +41,7 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        found = re.search(r"http://\S+", self.log)
+        found = re.search(r'http://[^\s"]+', self.log)
         assert found, self.log
         return found[0]
 
@@ -55,3 +55,8 @@ class ServerProcess:
 
     def when_ready(self) -> Self:
         return self.when_it_says("ready after")
+
+    def stop(self) -> None:
+        """By SIGTERM, in order."""
+        self.process.terminate()
+        assert self.process.wait(40) == 0, self.log

@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from tests.api.test_auth import auth
 from tests.api.test_auth import entry as key_entry
-from tests.api.test_contexts import start_process
 from tests.compare import assert_same
 from tests.conftest import ANIMALS
 from tests.live import V1, live_server
+from tests.processes import ServerProcess
 
 
 def line(custom_id: str, **body: Any) -> dict[str, Any]:
@@ -261,32 +260,31 @@ def test_another_namespace_sees_nothing(tmp_path: Path) -> None:
 def test_kill_9_in_the_middle(tmp_path: Path) -> None:
     """The next start completes it: every line has one answer, and what was stored is not computed again."""
     count = 600
-    process, url = start_process(tmp_path)
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with (
+        ServerProcess(tmp_path) as server,  # is killed at the end
+        openai.OpenAI(base_url=f"{server.when_ready().url}/v1", api_key="none") as client,
+    ):
         batch = create(client, upload(client, [line(f"id {i}", input=f"text {i}") for i in range(count)]))
         while (counts := client.batches.retrieve(batch.id).request_counts) is None or counts.completed < 60:
             time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait(10)
     database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
     before = SqlBatchStore(database).get("", batch.id)
     database.close()
     assert before is not None
     assert 60 <= before.completed < count
-    process, url = start_process(tmp_path)
-    try:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            done = finished(client, batch.id)
-            assert done.request_counts is not None
-            assert done.request_counts.model_dump() == {"total": count, "completed": count, "failed": 0}
-            output = answers(client, done.output_file_id)
-            assert [entry["custom_id"] for entry in output] == [f"id {i}" for i in range(count)]
-            metrics = httpx.get(f"{url}/metrics").text
-            here = float(metrics.split('cde_batch_lines_total{outcome="completed"} ')[1].split()[0])
-            assert here == count - before.completed
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+    with (
+        ServerProcess(tmp_path) as server,
+        openai.OpenAI(base_url=f"{server.when_ready().url}/v1", api_key="none") as client,
+    ):
+        done = finished(client, batch.id)
+        assert done.request_counts is not None
+        assert done.request_counts.model_dump() == {"total": count, "completed": count, "failed": 0}
+        output = answers(client, done.output_file_id)
+        assert [entry["custom_id"] for entry in output] == [f"id {i}" for i in range(count)]
+        metrics = httpx.get(f"{server.url}/metrics").text
+        here = float(metrics.split('cde_batch_lines_total{outcome="completed"} ')[1].split()[0])
+        assert here == count - before.completed
+        server.stop()
 
 
 def test_a_clean_stop_hands_the_batch_on_at_once(tmp_path: Path) -> None:

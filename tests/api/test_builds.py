@@ -1,7 +1,6 @@
 """Contexts that take their time: progress, dry runs, deaths; and the choice of diverse documents."""
 
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from app.context_refs import parse_ref
 from app.domain import ContextStatus, Space
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
-from tests.api.test_contexts import NDJSON, create, start_process
+from tests.api.test_contexts import NDJSON, create
 from tests.conftest import ANIMALS, COOKING
 from tests.live import V1, live_server
+from tests.processes import ServerProcess
 
 LARGE = "v1-tiny-c512"
 FIRST_STAGES = 'cde_forwards_total{stage="first"}'
@@ -90,32 +90,29 @@ def test_progress_moves_and_the_name_stays(slow: httpx.Client) -> None:
 
 
 def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
-    process, url = start_process(tmp_path, model=LARGE)
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with (
+        ServerProcess(tmp_path, model=LARGE) as server,  # is killed at the end
+        httpx.Client(base_url=server.when_ready().url, timeout=60) as http,
+    ):
         body = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG}).json()
-    process.send_signal(signal.SIGKILL)
-    process.wait(10)
-    process, url = start_process(tmp_path, model=LARGE)
-    try:
-        with httpx.Client(base_url=url, timeout=60) as http:
-            failed = when_done(http, "cut")
-            assert (failed["id"], failed["status"]) == (body["id"], "failed")
-            assert "stopped" in failed["error"]
-            refused = http.post("/v1/embeddings", json={"model": LARGE, "input": "x", "context": "cut"})
-            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_not_found")
-            again = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG})
-            assert (again.status_code, again.json()["version"]) == (202, 1)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(40) == 0
-        database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
-        stopped = SqlContextStore(database).get(Space(LARGE), parse_ref("cut"))
-        database.close()
-        assert stopped is not None
-        assert stopped.status is ContextStatus.FAILED
-        assert "shut down" in (stopped.error or "")
-    finally:
-        process.kill()
-        process.wait(10)
+    with (
+        ServerProcess(tmp_path, model=LARGE) as server,
+        httpx.Client(base_url=server.when_ready().url, timeout=60) as http,
+    ):
+        failed = when_done(http, "cut")
+        assert (failed["id"], failed["status"]) == (body["id"], "failed")
+        assert "stopped" in failed["error"]
+        refused = http.post("/v1/embeddings", json={"model": LARGE, "input": "x", "context": "cut"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_not_found")
+        again = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG})
+        assert (again.status_code, again.json()["version"]) == (202, 1)
+        server.stop()
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
+    stopped = SqlContextStore(database).get(Space(LARGE), parse_ref("cut"))
+    database.close()
+    assert stopped is not None
+    assert stopped.status is ContextStatus.FAILED
+    assert "shut down" in (stopped.error or "")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,10 +2,7 @@
 
 import io
 import json
-import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.conftest import ANIMALS, BUILTIN, COOKING
-from tests.live import GOLDENS, V1, V2, live_server
+from tests.live import V1, V2, live_server
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
@@ -269,22 +266,6 @@ def test_a_context_belongs_to_its_model(http: httpx.Client) -> None:
     for ref in ("only-v1", made["id"]):
         response = http.post("/v1/embeddings", json={"model": V2, "context": ref, "input": "x"})
         assert (response.status_code, response.json()["error"]["code"]) == (400, "context_model_mismatch")
-
-
-def start_process(folder: Path, *options: str, model: str = V1) -> tuple["subprocess.Popen[bytes]", str]:
-    log = folder / "log"
-    offset = log.stat().st_size if log.exists() else 0
-    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
-    command += ["--model", str(GOLDENS / model), "--data-dir", str(folder / "data"), *options]
-    with log.open("ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        text = log.read_bytes()[offset:].decode()
-        if "ready after" in text:
-            return process, re.findall(r"http://[\d.:]+\d", text)[0]
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
 
 
 def test_a_stream_that_breaks_off_creates_nothing(http: httpx.Client, server: str) -> None:

@@ -16,12 +16,12 @@ import pytest
 
 from app.domain import InputType
 from app.payloads import from_safetensors
-from tests.api.test_contexts import start_process
 from tests.compare import assert_same
 from tests.conftest import ANIMALS, COOKING
 from tests.live import V1
 from tests.models.conftest import embed, load_golden, tokenized
 from tests.postgres import new_database
+from tests.processes import ServerProcess
 
 SECONDS = float(os.environ.get("TRAFFIC_SECONDS", "6"))
 NAMES = ("a", "b", "c")
@@ -31,13 +31,14 @@ TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS)]
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[list[str]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CDE__CONTEXTS__DATABASE_URL", new_database(postgres))
-        started = [start_process(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
-    yield [url for _, url in started]
-    for process, _ in started:
-        process.terminate()
-        assert process.wait(30) == 0
+    variables = {"CDE__CONTEXTS__DATABASE_URL": new_database(postgres)}
+    with (
+        ServerProcess(tmp_path_factory.mktemp("one"), **variables) as one,
+        ServerProcess(tmp_path_factory.mktemp("two"), **variables) as two,
+    ):
+        yield [server.when_ready().url for server in (one, two)]
+        one.stop()
+        two.stop()
 
 
 class Traffic:

@@ -1,18 +1,15 @@
 """A real server process to be fuzzed, and what the operating system says of it."""
 
 import json
-import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from tests.api.test_contexts import start_process
 from tests.conftest import BUILTIN
-from tests.live import V1
+from tests.processes import ServerProcess
 from tests.raw import Answer, Answers, connected
 
 SETTINGS: Mapping[str, Any] = {
@@ -66,13 +63,8 @@ class Target:
 def running(folder: Path, **settings: Any) -> Iterator[Target]:
     """`cde-server serve` with a tiny CDE model and the embedded default, as a process of its own."""
     environment = {f"CDE__{name}": str(value) for name, value in {**SETTINGS, **settings}.items()}
-    with patch.dict(os.environ, {**KERNELS, **environment}):
-        process, url = start_process(folder, "--model", BUILTIN, model=V1)
-    try:
-        yield Target(url, process.pid, folder / "log")
-    finally:
-        process.terminate()
-        process.wait(60)
+    with ServerProcess(folder, "--model", BUILTIN, **KERNELS, **environment) as server:
+        yield Target(server.when_ready().url, server.process.pid, server.log_file)
 
 
 class Client:

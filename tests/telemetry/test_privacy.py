@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.test_contexts import start_process
 from tests.conftest import ANIMALS
 from tests.live import V1
+from tests.processes import ServerProcess
 from tests.telemetry.collector import Collector, collector
 
 SECRET = "xyzzyplugh"
@@ -39,8 +39,8 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traces]:
     folder = tmp_path_factory.mktemp("private")
     keys = folder / "keys.toml"
     keys.write_text(f'[[keys]]\nname = "team"\nsha256 = "{hashlib.sha256(f"sk-{SECRET}".encode()).hexdigest()}"\n')
-    with collector() as collected, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
+    with collector() as collected:
+        variables = {
             "CDE__SERVER__LOG_FORMAT": "json",
             "CDE__SERVER__LOG_LEVEL": "debug",
             "CDE__SERVER__KEYS_FILE": str(keys),
@@ -48,19 +48,15 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traces]:
             "CDE__CONTEXTS__KEEP_DOCUMENTS": "true",
             "OTEL_EXPORTER_OTLP_ENDPOINT": collected.url,
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test",
-        }.items():
-            patch.setenv(name, value)
-        process, url = start_process(folder)
-        try:
-            with httpx.Client(base_url=url, headers=KEY, timeout=60) as http:
+        }
+        with ServerProcess(folder, **variables) as server:
+            with httpx.Client(base_url=server.when_ready().url, headers=KEY, timeout=60) as http:
                 vector, refusals = _talk(http)
                 _break(folder / "data" / "contexts.sqlite3")
                 refusals += _talk_to_a_broken_store(http)
                 metrics = http.get("/metrics").text
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0
-        yield Traces((folder / "log").read_text(), metrics, refusals, collected, vector)
+            server.stop()
+        yield Traces(server.log, metrics, refusals, collected, vector)
 
 
 def _talk(http: httpx.Client) -> tuple[list[float], list[httpx.Response]]:
