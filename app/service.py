@@ -24,6 +24,7 @@ from app.registry import ModelChoice, Registry, ServedModel
 from app.telemetry.metrics import count_embeddings
 from app.telemetry.requests import note, part
 from app.token_ids import Cl100k, VocabularyMissing
+from app.tokenization import within
 from app.tokenizer_threads import TokenizerThreads
 from app.vector_cache import VectorCache
 from app.vectors import finished
@@ -143,15 +144,15 @@ class EmbeddingService:
         texts, ids = request.texts, request.token_ids or ()
         if texts is None and self._policy.integers == "model":
             size = sum(map(len, ids))
-            pieces = tokenizer.ids_in_pieces(ids, input_type, default, truncate=cut, most=most)
+            pieces = tokenizer.ids_in_pieces(ids, input_type, default, truncate=cut)
         else:
             if texts is None:
                 # Clients that cut their requests by tokens count those that they send.
                 most = math.inf if sum(map(len, ids)) <= most else most
                 texts = await self._decoded(ids)
             size = sum(map(len, texts))
-            pieces = tokenizer.texts_in_pieces(texts, input_type, default, truncate=cut, most=most)
-        return await self.threads.run(pieces, size, request.caller.client)
+            pieces = tokenizer.texts_in_pieces(texts, input_type, default, truncate=cut)
+        return await self.threads.run(within(most, pieces), size, request.caller.client)
 
     async def _decoded(self, ids: Sequence[Sequence[int]]) -> list[str]:
         if self._policy.integers == "reject":

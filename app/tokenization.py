@@ -5,7 +5,6 @@ switched off once and ids are cut here. `encode_batch` releases the GIL.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from copy import copy
 from itertools import chain
@@ -66,24 +65,13 @@ class TextTokenizer:
         `first`: how many texts came before these, as an error counts them. Raises ContextLengthExceeded for a text
         over the max length, unless `truncate`.
         """
-        return list(chain.from_iterable(self._texts(texts, input_type, default, truncate=truncate, first=first)))
+        pieces = self.texts_in_pieces(texts, input_type, default, truncate=truncate, first=first)
+        return list(chain.from_iterable(pieces))
 
     def texts_in_pieces(
-        self,
-        texts: Sequence[str],
-        input_type: InputType | None,
-        default: InputType,
-        *,
-        truncate: bool,
-        most: float = math.inf,
-    ) -> Iterator[list[TokenizedText]]:
-        """As `texts`, each piece when it is asked for. Raises TooManyTokens, too, behind the piece with which they are,
-        cut, more than `most` tokens together."""
-        return _within(most, self._texts(texts, input_type, default, truncate=truncate))
-
-    def _texts(
         self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool, first: int = 0
     ) -> Iterator[list[TokenizedText]]:
+        """As `texts`, each piece when it is asked for."""
         limit = self._max_length * CHARACTERS_PER_TOKEN
         too_long = next((i for i, text in enumerate(texts) if len(text) > limit), None)
         if too_long is not None and not truncate:
@@ -107,18 +95,13 @@ class TextTokenizer:
         default: InputType,
         *,
         truncate: bool,
-        most: float = math.inf,
     ) -> Iterator[list[TokenizedText]]:
         """Ids of this tokenizer, each piece when it is asked for. A list in special tokens is taken as it is; else
         prompt and special tokens are added.
 
         Raises InvalidRequest for an id outside the vocabulary, and what `texts_in_pieces` raises.
         """
-        return _within(most, self._ids(inputs, input_type or default, truncate=truncate))
-
-    def _ids(
-        self, inputs: Sequence[Sequence[int]], kind: InputType, *, truncate: bool
-    ) -> Iterator[list[TokenizedText]]:
+        kind = input_type or default
         prompt = self._tokenizer.encode(self._prompts.get(kind, ""), add_special_tokens=False).ids
         start = 0
         for piece in _pieces(inputs):
@@ -172,8 +155,8 @@ class TextTokenizer:
         )
 
 
-def _within(most: float, pieces: Iterator[list[TokenizedText]]) -> Iterator[list[TokenizedText]]:
-    """The pieces, as long as they are of at most so many tokens together."""
+def within(most: float, pieces: Iterator[list[TokenizedText]]) -> Iterator[list[TokenizedText]]:
+    """The pieces, while they hold at most `most` tokens together. Raises TooManyTokens at the first one beyond."""
     tokens = 0
     for piece in pieces:
         tokens += sum(len(text.input_ids) for text in piece)

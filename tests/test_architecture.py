@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "registry",
         "telemetry",
         "token_ids",
+        "tokenization",
         "tokenizer_threads",
         "vector_cache",
         "vectors",

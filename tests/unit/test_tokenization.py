@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from app.domain import CHARACTERS_PER_TOKEN, InputType, TokenizedText
 from app.errors import CheckpointError, ContextLengthExceeded, InvalidRequest, TooManyTokens
-from app.tokenization import PIECE_CHARACTERS, TextTokenizer, _pieces
+from app.tokenization import PIECE_CHARACTERS, TextTokenizer, _pieces, within
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 V1, V2 = "v1-tiny-c16", "v2-tiny-c16"
@@ -218,10 +218,10 @@ def test_many_texts_go_through_in_pieces(golden: str) -> None:
 def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
     """Tokens count as they are cut, and the first piece that is too much is the last one."""
     limited, texts = tokenizer(golden, 16), ["rye " * 250] * 2000
-    cut = limited.texts_in_pieces(texts, NONE, NONE, truncate=True, most=16 * 2000)
+    cut = within(16 * 2000, limited.texts_in_pieces(texts, NONE, NONE, truncate=True))
     assert sum(map(len, cut)) == 2000
     for most, whole in ((16 * 2000 - 1, 15), (16 * 300, 2), (15, 0)):
-        pieces = limited.texts_in_pieces(texts, NONE, NONE, truncate=True, most=most)
+        pieces = within(most, limited.texts_in_pieces(texts, NONE, NONE, truncate=True))
         seen = [len(next(pieces)) for _ in range(whole)]
         assert 16 * sum(seen) <= most
         with pytest.raises(TooManyTokens, match=f"at most {most} fit in one request") as refused:
@@ -232,11 +232,11 @@ def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
 @both
 def test_ids_of_too_many_tokens(golden: str) -> None:
     limited, inputs = tokenizer(golden, 16), [list(range(9, 509)) * 2] * 500
-    found = list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500))
+    found = list(within(16 * 500, limited.ids_in_pieces(inputs, NONE, NONE, truncate=True)))
     assert [text for piece in found for text in piece] == of_ids(limited, inputs, NONE, NONE, truncate=True)
     assert len(found) > 1
     with pytest.raises(TooManyTokens):
-        list(limited.ids_in_pieces(inputs, NONE, NONE, truncate=True, most=16 * 500 - 1))
+        list(within(16 * 500 - 1, limited.ids_in_pieces(inputs, NONE, NONE, truncate=True)))
 
 
 @both
