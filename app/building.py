@@ -103,8 +103,7 @@ class ContextBuilder:
         documents, spec = minicorpus.documents(), served.spec
         if not documents and not allow_empty:
             raise InvalidRequest(f"Invalid '{param}': at least one document with text is needed.", param=param)
-        kind = InputType.DOCUMENT
-        pieces = served.tokenizer.texts_in_pieces(documents, kind, kind, truncate=True)
+        pieces = served.tokenizer.texts_in_pieces(documents, InputType.DOCUMENT, truncate=True)
         tokens = await self._threads.run(pieces, sum(map(len, documents)), client)
         plan = Plan("", documents, tokens, minicorpus.selection, minicorpus.counts(), spec.corpus_size)
         prompt = spec.prompts[InputType.DOCUMENT]

@@ -81,7 +81,7 @@ class Goldens:
     def _outcome(self, offline: Offline, case: Mapping[str, Any], own: dict[str, FloatArray]) -> FloatArray:
         tokenizer = offline.served.tokenizer.limited_to(case["max_length"])
         kind = InputType(case["prompt"])
-        tokens = tokenizer.texts(case["texts"], kind, kind, truncate=True)
+        tokens = tokenizer.texts(case["texts"], kind, truncate=True)
         ids = [list(text.input_ids) for text in tokens]
         if ids != case["input_ids"]:
             raise CheckpointError(

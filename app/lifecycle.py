@@ -160,8 +160,7 @@ class Server:
                 _, context = await parts.contexts.resolve(served, parse_ref(DEFAULT_CONTEXT))
             except UnknownContextNamed:  # deleted since
                 continue
-            kind = served.spec.default_input_type
-            text = served.tokenizer.texts(["probe"], kind, kind, truncate=True)
+            text = served.tokenizer.texts(["probe"], None, truncate=True)
             await asyncio.wrap_future(parts.engine.submit(served.id, Stage.SECOND, text, context))
 
     async def _start(self, state: State) -> None:

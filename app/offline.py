@@ -90,7 +90,7 @@ class Offline:
         refused: ServiceError | None = None
         while chunk := list(islice(stream, CHUNK)):
             try:
-                tokens = self.served.tokenizer.texts(chunk, input_type, input_type, truncate=truncate, first=before)
+                tokens = self.served.tokenizer.texts(chunk, input_type, truncate=truncate, first=before)
             except ServiceError as error:  # what came before it is still answered
                 refused = error
                 break

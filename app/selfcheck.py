@@ -168,7 +168,7 @@ def compute(engine: Engine, served: ServedModel) -> Arrays:
 
 def tokenized(served: ServedModel, texts: Sequence[tuple[str, InputType]]) -> list[TokenizedText]:
     """Each under its own input type."""
-    return [served.tokenizer.texts([text], kind, kind, truncate=True)[0] for text, kind in texts]
+    return [served.tokenizer.texts([text], kind, truncate=True)[0] for text, kind in texts]
 
 
 def distance(found: FloatArray, expected: FloatArray) -> float:

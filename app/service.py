@@ -138,20 +138,20 @@ class EmbeddingService:
         self, request: EmbedRequest, served: ServedModel, input_type: InputType | None
     ) -> list[TokenizedText]:
         """Raises InvalidRequest and its kin."""
-        tokenizer, default = served.tokenizer, served.spec.default_input_type
+        tokenizer = served.tokenizer
         most: float = self._policy.max_tokens
         cut = (request.truncate or self._policy.truncate) == "end"
         texts, ids = request.texts, request.token_ids or ()
         if texts is None and self._policy.integers == "model":
             size = sum(map(len, ids))
-            pieces = tokenizer.ids_in_pieces(ids, input_type, default, truncate=cut)
+            pieces = tokenizer.ids_in_pieces(ids, input_type, truncate=cut)
         else:
             if texts is None:
                 # Clients that cut their requests by tokens count those that they send.
                 most = math.inf if sum(map(len, ids)) <= most else most
                 texts = await self._decoded(ids)
             size = sum(map(len, texts))
-            pieces = tokenizer.texts_in_pieces(texts, input_type, default, truncate=cut)
+            pieces = tokenizer.texts_in_pieces(texts, input_type, truncate=cut)
         return await self.threads.run(within(most, pieces), size, request.caller.client)
 
     async def _decoded(self, ids: Sequence[Sequence[int]]) -> list[str]:

@@ -26,8 +26,11 @@ PIECE_CHARACTERS = 2**17
 class TextTokenizer:
     """One model's tokenizer with its prompts and limits. Safe to share between threads."""
 
-    def __init__(self, path: Path, *, prompts: Mapping[InputType, str], max_length: int) -> None:
-        """`path`: a `tokenizer.json`. Raises CheckpointError when it cannot be read."""
+    def __init__(
+        self, path: Path, *, prompts: Mapping[InputType, str], max_length: int, default_input_type: InputType
+    ) -> None:
+        """`path`: a `tokenizer.json`. `default_input_type`: of a text that says nothing of its own. Raises
+        CheckpointError when the file cannot be read."""
         try:
             raw = path.read_bytes()
             self._tokenizer = Tokenizer.from_buffer(raw)
@@ -37,6 +40,7 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._prompts = {kind: prompt for kind, prompt in prompts.items() if prompt}
         self._max_length = max_length
+        self._default_input_type = default_input_type
         self.revision = hashlib.sha256(raw).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size()
         frame = self._tokenizer.encode("").ids
@@ -58,18 +62,18 @@ class TextTokenizer:
         return [self._tokenizer.id_to_token(i) or "" for i in input_ids]
 
     def texts(
-        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool, first: int = 0
+        self, texts: Sequence[str], input_type: InputType | None, *, truncate: bool, first: int = 0
     ) -> list[TokenizedText]:
-        """`input_type` None: a prompt already in a text is kept, else `default`'s goes in front.
+        """`input_type` None: a prompt already in a text is kept, else the default's goes in front.
 
         `first`: how many texts came before these, as an error counts them. Raises ContextLengthExceeded for a text
         over the max length, unless `truncate`.
         """
-        pieces = self.texts_in_pieces(texts, input_type, default, truncate=truncate, first=first)
+        pieces = self.texts_in_pieces(texts, input_type, truncate=truncate, first=first)
         return list(chain.from_iterable(pieces))
 
     def texts_in_pieces(
-        self, texts: Sequence[str], input_type: InputType | None, default: InputType, *, truncate: bool, first: int = 0
+        self, texts: Sequence[str], input_type: InputType | None, *, truncate: bool, first: int = 0
     ) -> Iterator[list[TokenizedText]]:
         """As `texts`, each piece when it is asked for."""
         limit = self._max_length * CHARACTERS_PER_TOKEN
@@ -77,31 +81,26 @@ class TextTokenizer:
         if too_long is not None and not truncate:
             raise self._exceeded(f"sent {len(texts[too_long])} characters", first + too_long)
         start = 0
-        for piece in self._encoded([text[:limit] for text in texts], input_type, default):
+        for piece in self._encoded([text[:limit] for text in texts], input_type):
             yield [
                 self._fit(ids, kind, truncate, first + i, more=len(texts[i]) > limit)
                 for i, (kind, ids) in enumerate(piece, start)
             ]
             start += len(piece)
 
-    def uncut(self, texts: Sequence[str], input_type: InputType | None, default: InputType) -> list[list[int]]:
+    def uncut(self, texts: Sequence[str], input_type: InputType | None) -> list[list[int]]:
         """The ids `texts` would give if there were no max length."""
-        return [ids for piece in self._encoded(texts, input_type, default) for _, ids in piece]
+        return [ids for piece in self._encoded(texts, input_type) for _, ids in piece]
 
     def ids_in_pieces(
-        self,
-        inputs: Sequence[Sequence[int]],
-        input_type: InputType | None,
-        default: InputType,
-        *,
-        truncate: bool,
+        self, inputs: Sequence[Sequence[int]], input_type: InputType | None, *, truncate: bool
     ) -> Iterator[list[TokenizedText]]:
         """Ids of this tokenizer, each piece when it is asked for. A list in special tokens is taken as it is; else
         prompt and special tokens are added.
 
-        Raises InvalidRequest for an id outside the vocabulary, and what `texts_in_pieces` raises.
+        Raises InvalidRequest for an id outside the vocabulary, ContextLengthExceeded as `texts`.
         """
-        kind = input_type or default
+        kind = input_type or self._default_input_type
         prompt = self._tokenizer.encode(self._prompts.get(kind, ""), add_special_tokens=False).ids
         start = 0
         for piece in _pieces(inputs):
@@ -119,17 +118,19 @@ class TextTokenizer:
         return list(given) if framed else [self._first, *prompt, *given, self._last]
 
     def _encoded(
-        self, texts: Sequence[str], input_type: InputType | None, default: InputType
+        self, texts: Sequence[str], input_type: InputType | None
     ) -> Iterator[list[tuple[InputType, list[int]]]]:
         for piece in _pieces(texts):
             clean = [without_lone_surrogates(text) for text in piece]
-            kinds = [input_type or self._type_in(text) or default for text in clean]
+            kinds = [input_type or self._type_in(text) for text in clean]
             prompted = [self._prompted(text, kind) for text, kind in zip(clean, kinds, strict=True)]
             encoded = self._tokenizer.encode_batch(prompted)
             yield [(kind, encoding.ids) for kind, encoding in zip(kinds, encoded, strict=True)]
 
-    def _type_in(self, text: str) -> InputType | None:
-        return next((kind for kind, prompt in self._prompts.items() if text.startswith(prompt)), None)
+    def _type_in(self, text: str) -> InputType:
+        """Of the prompt that the text begins with, or the default."""
+        found = (kind for kind, prompt in self._prompts.items() if text.startswith(prompt))
+        return next(found, self._default_input_type)
 
     def _prompted(self, text: str, kind: InputType) -> str:
         prompt = self._prompts.get(kind, "")

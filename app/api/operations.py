@@ -161,7 +161,7 @@ async def tokenize(
     kind = InputType(body.input_type) if body.input_type else None
 
     def render() -> Iterator[list[bytes]]:
-        id_lists = model.tokenizer.uncut(texts, kind, model.spec.default_input_type)
+        id_lists = model.tokenizer.uncut(texts, kind)
         data = [
             orjson.dumps({"index": i, "input_ids": ids, "tokens": model.tokenizer.tokens(ids), "count": len(ids)})
             for i, ids in enumerate(id_lists)

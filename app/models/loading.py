@@ -120,7 +120,9 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     load_weights(weights, weights_path, device=device, skip=skip)
 
     corpus_size, max_length = config["transductive_corpus_size"], config.get("max_seq_length", 512)
-    tokenizer = TextTokenizer(tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length)
+    tokenizer = TextTokenizer(
+        tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length, default_input_type=InputType.DOCUMENT
+    )
     embeddings = int(second.config.vocab_size)  # type: ignore[union-attr, arg-type]
     if tokenizer.vocab_size > embeddings:
         raise CheckpointError(
@@ -175,7 +177,7 @@ def _load_builtin(options: LoadOptions) -> LoadedModel:
         weights = MiniLM()
     load_weights(weights, weights_path, device=device)
     weights.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    tokenizer = TextTokenizer(tokenizer_path, prompts=NO_PROMPTS, max_length=256)
+    tokenizer = TextTokenizer(tokenizer_path, prompts=NO_PROMPTS, max_length=256, default_input_type=InputType.NONE)
     spec = ModelSpec(
         id=options.id or BUILTIN,
         family="minilm-context",

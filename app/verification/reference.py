@@ -113,7 +113,7 @@ def _row(name: str, settings: Mapping[str, object], ours: FloatArray, theirs: Fl
 
 
 def _tokens(offline: Offline, texts: Sequence[str], kind: InputType) -> list[TokenizedText]:
-    return offline.served.tokenizer.texts(texts, kind, kind, truncate=True)
+    return offline.served.tokenizer.texts(texts, kind, truncate=True)
 
 
 def _run(

@@ -68,7 +68,7 @@ def builtin_folder() -> Path:
 
 
 def tokenized(loaded: LoadedModel, texts: Sequence[str], input_type: InputType) -> list[TokenizedText]:
-    return loaded.tokenizer.texts(texts, input_type, input_type, truncate=True)
+    return loaded.tokenizer.texts(texts, input_type, truncate=True)
 
 
 def arrays_of(loaded: LoadedModel, documents: Sequence[str]) -> Arrays:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain
@@ -30,19 +30,24 @@ both = pytest.mark.parametrize("golden", [V1, V2])
 
 
 @cache
-def tokenizer(golden: str, max_length: int = 512) -> TextTokenizer:
-    return TextTokenizer(GOLDENS / golden / "tokenizer.json", prompts=PROMPTS, max_length=max_length)
+def tokenizer(golden: str, max_length: int = 512, default: InputType = DOCUMENT) -> TextTokenizer:
+    return opened(GOLDENS / golden / "tokenizer.json", max_length, default)
+
+
+def opened(
+    path: Path, max_length: int = 512, default: InputType = DOCUMENT, prompts: Mapping[InputType, str] = PROMPTS
+) -> TextTokenizer:
+    return TextTokenizer(path, prompts=prompts, max_length=max_length, default_input_type=default)
 
 
 def of_ids(
     tokenizer: TextTokenizer,
     inputs: Sequence[Sequence[int]],
     kind: InputType | None,
-    default: InputType,
     *,
     truncate: bool,
 ) -> list[TokenizedText]:
-    return list(chain.from_iterable(tokenizer.ids_in_pieces(inputs, kind, default, truncate=truncate)))
+    return list(chain.from_iterable(tokenizer.ids_in_pieces(inputs, kind, truncate=truncate)))
 
 
 @cache
@@ -56,7 +61,7 @@ def plain_ids(golden: str, text: str, *, special: bool = True) -> tuple[int, ...
 
 
 def one(golden: str, text: str, input_type: InputType | None, default: InputType = DOCUMENT) -> TokenizedText:
-    (found,) = tokenizer(golden).texts([text], input_type, default, truncate=True)
+    (found,) = tokenizer(golden, default=default).texts([text], input_type, truncate=True)
     return found
 
 
@@ -70,7 +75,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("golden", "case"), cases())
 def test_golden_ids(golden: str, case: dict[str, Any]) -> None:
-    found = tokenizer(golden, case["max_length"]).texts(case["texts"], InputType(case["prompt"]), NONE, truncate=True)
+    found = tokenizer(golden, case["max_length"]).texts(case["texts"], InputType(case["prompt"]), truncate=True)
     assert [list(text.input_ids) for text in found] == case["input_ids"]
     assert {text.input_type for text in found} == {InputType(case["prompt"])}
 
@@ -119,18 +124,18 @@ def test_what_only_looks_like_a_prompt(golden: str, text: str) -> None:
 @both
 def test_each_text_of_a_request_by_itself(golden: str) -> None:
     texts = ["search_query: map", "map", "search_document: map", LONG, ""]
-    found = tokenizer(golden).texts(texts, None, NONE, truncate=True)
+    found = tokenizer(golden, default=NONE).texts(texts, None, truncate=True)
     assert [text.input_type for text in found] == [QUERY, NONE, DOCUMENT, NONE, NONE]
     assert found == [one(golden, text, None, NONE) for text in texts]
-    assert tokenizer(golden).texts([], None, NONE, truncate=False) == []
+    assert tokenizer(golden).texts([], None, truncate=False) == []
 
 
 def test_a_model_without_prompts() -> None:
-    bare = TextTokenizer(GOLDENS / V1 / "tokenizer.json", prompts=dict.fromkeys(InputType, ""), max_length=256)
-    found = bare.texts(["search_query: map", "map"], None, NONE, truncate=False)
+    bare = opened(GOLDENS / V1 / "tokenizer.json", 256, NONE, dict.fromkeys(InputType, ""))
+    found = bare.texts(["search_query: map", "map"], None, truncate=False)
     assert [text.input_type for text in found] == [NONE, NONE]
     assert [text.input_ids for text in found] == [plain_ids(V1, "search_query: map"), plain_ids(V1, "map")]
-    (query,) = bare.texts(["map"], QUERY, NONE, truncate=False)
+    (query,) = bare.texts(["map"], QUERY, truncate=False)
     assert query == TokenizedText(plain_ids(V1, "map"), QUERY)
 
 
@@ -149,7 +154,7 @@ def test_cut_as_transformers_cuts(golden: str, max_length: int) -> None:
     transformers_tokenizer: Any = PreTrainedTokenizerFast  # its types do not know its arguments
     theirs = transformers_tokenizer(tokenizer_file=str(GOLDENS / golden / "tokenizer.json"))
     texts = ["", "rye", LONG, "[SEP] " * 600, "x" * 3000, "ü東😀" * 400]
-    found = tokenizer(golden, max_length).texts(texts, DOCUMENT, DOCUMENT, truncate=True)
+    found = tokenizer(golden, max_length).texts(texts, DOCUMENT, truncate=True)
     for text, ours in zip(texts, found, strict=True):
         expected = theirs("search_document: " + text, truncation=True, max_length=max_length)["input_ids"]
         assert list(ours.input_ids) == expected
@@ -168,13 +173,13 @@ def words(golden: str, tokens: int) -> str:
 def test_the_limit_to_the_token(golden: str) -> None:
     exact, over = words(golden, 512), words(golden, 513)
     strict = tokenizer(golden)
-    (fits,) = strict.texts([exact], NONE, NONE, truncate=False)
+    (fits,) = strict.texts([exact], NONE, truncate=False)
     assert len(fits.input_ids) == 512
     assert not fits.truncated
-    (cut,) = strict.texts([over], NONE, NONE, truncate=True)
+    (cut,) = strict.texts([over], NONE, truncate=True)
     assert cut == TokenizedText(fits.input_ids, NONE, truncated=True)
     with pytest.raises(ContextLengthExceeded) as caught:
-        strict.texts(["short", over], NONE, NONE, truncate=False)
+        strict.texts(["short", over], NONE, truncate=False)
     message = caught.value.message
     assert "This model's maximum context length is 512 tokens, however you requested 513 tokens" in message
     assert "input[1]" in message
@@ -189,12 +194,12 @@ def test_of_a_very_long_text_only_its_beginning_is_read(golden: str) -> None:
     small = tokenizer(golden, 16)
     read = 16 * CHARACTERS_PER_TOKEN
     for text in (" " * read + "rye", LONG + "!" * 1_000_000):
-        (found,) = small.texts([text], NONE, NONE, truncate=True)
+        (found,) = small.texts([text], NONE, truncate=True)
         assert found.truncated
         ids = plain_ids(golden, text[:read])
         assert found.input_ids == ids[:-1][:15] + ids[-1:]
         with pytest.raises(ContextLengthExceeded, match=f"sent {len(text)} characters .in input.1"):
-            small.texts(["rye", text], NONE, NONE, truncate=False)
+            small.texts(["rye", text], NONE, truncate=False)
 
 
 @given(st.lists(st.integers(0, PIECE_CHARACTERS + 9), max_size=12))
@@ -210,7 +215,7 @@ def test_pieces_are_bounded_and_lose_nothing(sizes: list[int]) -> None:
 def test_many_texts_go_through_in_pieces(golden: str) -> None:
     texts = [f"{i} " + "rye " * 300 for i in range(300)]
     assert sum(map(len, texts)) > 2 * PIECE_CHARACTERS
-    together = tokenizer(golden).texts(texts, DOCUMENT, NONE, truncate=True)
+    together = tokenizer(golden).texts(texts, DOCUMENT, truncate=True)
     assert together == [one(golden, text, DOCUMENT) for text in texts]
 
 
@@ -218,10 +223,10 @@ def test_many_texts_go_through_in_pieces(golden: str) -> None:
 def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
     """Tokens count as they are cut, and the first piece that is too much is the last one."""
     limited, texts = tokenizer(golden, 16), ["rye " * 250] * 2000
-    cut = within(16 * 2000, limited.texts_in_pieces(texts, NONE, NONE, truncate=True))
+    cut = within(16 * 2000, limited.texts_in_pieces(texts, NONE, truncate=True))
     assert sum(map(len, cut)) == 2000
     for most, whole in ((16 * 2000 - 1, 15), (16 * 300, 2), (15, 0)):
-        pieces = within(most, limited.texts_in_pieces(texts, NONE, NONE, truncate=True))
+        pieces = within(most, limited.texts_in_pieces(texts, NONE, truncate=True))
         seen = [len(next(pieces)) for _ in range(whole)]
         assert 16 * sum(seen) <= most
         with pytest.raises(TooManyTokens, match=f"at most {most} fit in one request") as refused:
@@ -232,11 +237,11 @@ def test_texts_of_too_many_tokens_are_not_all_tokenized(golden: str) -> None:
 @both
 def test_ids_of_too_many_tokens(golden: str) -> None:
     limited, inputs = tokenizer(golden, 16), [list(range(9, 509)) * 2] * 500
-    found = list(within(16 * 500, limited.ids_in_pieces(inputs, NONE, NONE, truncate=True)))
-    assert [text for piece in found for text in piece] == of_ids(limited, inputs, NONE, NONE, truncate=True)
+    found = list(within(16 * 500, limited.ids_in_pieces(inputs, NONE, truncate=True)))
+    assert [text for piece in found for text in piece] == of_ids(limited, inputs, NONE, truncate=True)
     assert len(found) > 1
     with pytest.raises(TooManyTokens):
-        list(within(16 * 500 - 1, limited.ids_in_pieces(inputs, NONE, NONE, truncate=True)))
+        list(within(16 * 500 - 1, limited.ids_in_pieces(inputs, NONE, truncate=True)))
 
 
 @both
@@ -245,8 +250,8 @@ def test_the_prompt_counts_towards_the_limit(golden: str) -> None:
     whole = len(plain_ids(golden, PROMPTS[QUERY] + text))
     assert whole > 512
     with pytest.raises(ContextLengthExceeded, match=f"however you requested {whole} tokens"):
-        tokenizer(golden).texts([text], QUERY, NONE, truncate=False)
-    tokenizer(golden).texts([words(golden, 512 - (whole - 512))], QUERY, NONE, truncate=False)
+        tokenizer(golden).texts([text], QUERY, truncate=False)
+    tokenizer(golden).texts([words(golden, 512 - (whole - 512))], QUERY, truncate=False)
 
 
 @both
@@ -256,25 +261,21 @@ def test_settings_inside_the_file_do_not_count(golden: str, tmp_path: Path) -> N
     changed.enable_truncation(16)
     changed.enable_padding(length=64)
     changed.save(str(tmp_path / "tokenizer.json"))
-    found = TextTokenizer(tmp_path / "tokenizer.json", prompts=PROMPTS, max_length=512).texts(
-        ["rye", words(golden, 200)], NONE, NONE, truncate=False
-    )
+    found = opened(tmp_path / "tokenizer.json").texts(["rye", words(golden, 200)], NONE, truncate=False)
     assert [len(text.input_ids) for text in found] == [len(plain_ids(golden, "rye")), 200]
 
 
 @both
 def test_another_limit(golden: str) -> None:
     limited = tokenizer(golden).limited_to(20)
-    assert limited.texts([LONG], None, DOCUMENT, truncate=True) == tokenizer(golden, 20).texts(
-        [LONG], None, DOCUMENT, truncate=True
-    )
+    assert limited.texts([LONG], None, truncate=True) == tokenizer(golden, 20).texts([LONG], None, truncate=True)
     assert limited.revision == tokenizer(golden).revision
     assert len(one(golden, LONG, None).input_ids) == 512
 
 
 @both
 def test_uncut(golden: str) -> None:
-    found = tokenizer(golden).uncut([LONG, "search_query: rye"], None, DOCUMENT)
+    found = tokenizer(golden).uncut([LONG, "search_query: rye"], None)
     assert found == [list(plain_ids(golden, "search_document: " + LONG)), list(plain_ids(golden, "search_query: rye"))]
 
 
@@ -286,8 +287,8 @@ def test_cut_ids(golden: str) -> None:
     @given(texts=st.lists(any_text, max_size=4), kind=st.sampled_from([*InputType, None]), limit=st.integers(2, 40))
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     def check(texts: list[str], kind: InputType | None, limit: int) -> None:
-        found = tokenizer(golden, limit).texts(texts, kind, DOCUMENT, truncate=True)
-        whole = tokenizer(golden, limit).uncut(texts, kind, DOCUMENT)
+        found = tokenizer(golden, limit).texts(texts, kind, truncate=True)
+        whole = tokenizer(golden, limit).uncut(texts, kind)
         first, last = FRAMES[golden]
         assert len(found) == len(texts)
         for cut, ids in zip(found, whole, strict=True):
@@ -317,15 +318,15 @@ def test_cut_ids(golden: str) -> None:
     ],
 )
 def test_lone_surrogates(golden: str, sent: str, meant: str) -> None:
-    found = tokenizer(golden).texts([sent, "next"], None, DOCUMENT, truncate=False)
-    assert found == tokenizer(golden).texts([meant, "next"], None, DOCUMENT, truncate=False)
+    found = tokenizer(golden).texts([sent, "next"], None, truncate=False)
+    assert found == tokenizer(golden).texts([meant, "next"], None, truncate=False)
 
 
 # --- ids -----------------------------------------------------------------------------------------------------------
 
 
 def as_ids(golden: str, inputs: Sequence[Sequence[int]], kind: InputType | None = None) -> list[TokenizedText]:
-    return of_ids(tokenizer(golden), inputs, kind, DOCUMENT, truncate=True)
+    return of_ids(tokenizer(golden), inputs, kind, truncate=True)
 
 
 @both
@@ -387,7 +388,7 @@ def test_ids_are_cut_as_texts_are(golden: str) -> None:
     (framed,) = as_ids(golden, [[first, *[7] * 600, last]])
     assert framed.input_ids == cut.input_ids
     with pytest.raises(ContextLengthExceeded, match=r"512 tokens, however you requested 602 tokens .*input\[0\]"):
-        of_ids(tokenizer(golden), [[7] * 600], NONE, NONE, truncate=False)
+        of_ids(tokenizer(golden), [[7] * 600], NONE, truncate=False)
 
 
 # --- threads -------------------------------------------------------------------------------------------------------
@@ -404,10 +405,10 @@ def test_eight_threads(golden: str) -> None:
         some = texts[i % 5 :] + texts[: i % 4]
         kind = (*InputType, None)[i % 4]
         return (
-            shared.texts(some, kind, DOCUMENT, truncate=True),
-            short.texts(some, kind, DOCUMENT, truncate=True),
-            of_ids(shared, [[7] * (i % 700)], kind, DOCUMENT, truncate=True),
-            shared.uncut(some, kind, DOCUMENT),
+            shared.texts(some, kind, truncate=True),
+            short.texts(some, kind, truncate=True),
+            of_ids(shared, [[7] * (i % 700)], kind, truncate=True),
+            shared.uncut(some, kind),
             shared.id_of(": "),
         )
 
@@ -438,7 +439,7 @@ def test_what_is_no_tokenizer(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        TextTokenizer(path, prompts=PROMPTS, max_length=512)
+        opened(path)
 
 
 def test_a_tokenizer_that_frames_otherwise(tmp_path: Path) -> None:
@@ -446,4 +447,4 @@ def test_a_tokenizer_that_frames_otherwise(tmp_path: Path) -> None:
     raw = json.loads((GOLDENS / V2 / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "post_processor": None}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="puts 0 special tokens"):
-        TextTokenizer(tmp_path / "tokenizer.json", prompts=PROMPTS, max_length=512)
+        opened(tmp_path / "tokenizer.json")
