@@ -53,7 +53,7 @@ def read_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     row, config = backbone_of(read_json(files.need("config.json")), files)
     family: Family = "v1" if row.family == "cde-v1" else "v2"
     with torch.device("meta"):
-        published, actual = row.build({})[0].state_dict(), row.build(config)[0].state_dict()
+        published, actual = row.build({}).state_dict(), row.build(config).state_dict()
     if {k: v.shape for k, v in published.items()} != {k: v.shape for k, v in actual.items()}:
         raise CheckpointError(f"{files.source}: only models of the published sizes are measured")
     tensors = load_file(files.need("model.safetensors"))
@@ -109,8 +109,7 @@ def random_texts(family: Family, lengths: list[int], seed: int = 0) -> list[Toke
 def _empty(family: Family, config: Mapping[str, int]) -> CdeWeights:
     build = BACKBONES[MODEL_TYPE[family]].build
     with torch.device("meta"):
-        (first, width), (second, _) = build(config), build(config)
-        return CdeWeights(FirstStage(first, width), SecondStage(second, width, SOFT_TOKENS))
+        return CdeWeights(FirstStage(build(config)), SecondStage(build(config), SOFT_TOKENS))
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -6,42 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from app.errors import CheckpointError
 from app.models.contextual import Semantics
 from app.models.files import CheckpointFiles, fetch_file
 from app.models.modern_bert import ModernBert, ModernBertConfig
 from app.models.nomic_bert import NomicBert, NomicBertConfig
+from app.models.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A registry row: `model_type` of a backbone's configuration -> how to build it, and what its two uses mean."""
+    """A registry row: how to build a backbone from its `config.json`, and what the two semantics mean with it."""
 
-    build: Callable[[Mapping[str, Any]], tuple[nn.Module, int]]
+    build: Callable[[Mapping[str, Any]], Transformer]
     semantics: Mapping[str, Semantics]
     family: str
 
 
-def _nomic(raw: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    config = NomicBertConfig.from_dict(raw)
-    return NomicBert(config), config.n_embd
-
-
-def _modern(raw: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    config = ModernBertConfig.from_dict(raw)
-    return ModernBert(config), config.hidden_size
-
-
-BACKBONES = {
+BACKBONES = {  # by `model_type`
     "nomic_bert": Backbone(
-        _nomic,
+        lambda raw: NomicBert(NomicBertConfig.from_dict(raw)),
         {"training": Semantics(unrotated_context=True), "hub": Semantics(context_token_type=True)},
         "cde-v1",
     ),
     "modernbert": Backbone(
-        _modern,
+        lambda raw: ModernBert(ModernBertConfig.from_dict(raw)),
         {"training": Semantics(output_residual=True, mask_instruction=True), "hub": Semantics()},
         "cde-v2",
     ),

@@ -18,7 +18,7 @@ from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
 from app.models.layout import Layout, fill, means, packed
 from app.models.stages import CdeWeights, detach_from_file
-from app.models.transformer import Transformer, interleaved
+from app.models.transformer import interleaved
 
 MAX_ROWS = {"cpu": 1100, "cuda": 16_384}
 """Rows of one forward: enough to fill the matrix products, and on a CPU no more, so that they stay in its caches."""
@@ -67,14 +67,14 @@ class ContextualModel:
         self._max_rows = MAX_ROWS[self._device.type]
         self._recorded: RecordedForwards | None = None
         second = weights.second_stage_model
-        self._backbone: Transformer = second.backbone  # type: ignore[assignment]
+        self._backbone = second.backbone
         with torch.inference_mode():
             self._soft_prompt = second.soft_prompt()
             del second.prompt_projection  # constant from here on
             detach_from_file(weights)
             self._backbone.prepare(kernels)
             if spec.has_first_stage:
-                weights.first_stage_model.embedder.prepare(kernels)  # type: ignore[operator]
+                weights.first_stage_model.embedder.prepare(kernels)
 
     def record_forwards(self, record: Record) -> None:
         """Has the second stage of few texts recorded and replayed; where attention looks at nothing but tensors."""
@@ -115,13 +115,12 @@ class ContextualModel:
 
     def first_stage(self, documents: Sequence[TokenizedText], corpora: Sequence[DeviceContext]) -> Tensor:  # noqa: ARG002
         stage = self._weights.first_stage_model
-        backbone: Transformer = stage.embedder  # type: ignore[assignment]
         out = torch.empty(len(documents), self.spec.hidden_size, device=self._device)
         for chunk in self._chunks(documents, 0):
             some, places = [documents[i] for i in chunk], to_device(torch.tensor(chunk), self._device)
             layout = self._layout(some, 0)
-            entered = backbone.enter(backbone.token_rows(self._input_ids(some, layout)), layout)
-            hidden = backbone(entered, layout)
+            entered = stage.embedder.enter(stage.embedder.token_rows(self._input_ids(some, layout)), layout)
+            hidden = stage.embedder(entered, layout)
             out[places] = stage.mlp(means(hidden, layout.texts, [0] * len(some)))
         return out
 

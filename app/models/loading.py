@@ -111,9 +111,9 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     revision = revision_of(weights_path)
     try:
         with torch.device("meta"):
-            second, hidden_size = backbone.build(backbone_config)
-            first = FirstStage(backbone.build(backbone_config)[0], hidden_size) if options.first_stage else None
-            weights = CdeWeights(first, SecondStage(second, hidden_size, SOFT_TOKENS))
+            second = backbone.build(backbone_config)
+            first = FirstStage(backbone.build(backbone_config)) if options.first_stage else None
+            weights = CdeWeights(first, SecondStage(second, SOFT_TOKENS))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{files.source}: its backbone cannot be built: {error}") from error
     skip = () if options.first_stage else ("first_stage_model.",)
@@ -123,10 +123,10 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
     tokenizer = TextTokenizer(
         tokenizer_path(config, files), prompts=PROMPTS, max_length=max_length, default_input_type=InputType.DOCUMENT
     )
-    embeddings = int(second.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    if tokenizer.vocab_size > embeddings:
+    if tokenizer.vocab_size > second.config.vocab_size:
         raise CheckpointError(
-            f"{files.source}: its tokenizer.json has {tokenizer.vocab_size} ids, the model only {embeddings} embeddings"
+            f"{files.source}: its tokenizer.json has {tokenizer.vocab_size} ids, the model only "
+            f"{second.config.vocab_size} embeddings"
         )
     fallback = files.find("random_strings.txt")
     spec = ModelSpec(
@@ -136,7 +136,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         revision=revision,
         tokenizer_revision=tokenizer.revision,
         source=files.source,
-        hidden_size=hidden_size,
+        hidden_size=second.config.hidden_size,
         max_length=max_length,
         corpus_size=corpus_size,
         corpus_size_is_exact=True,
@@ -152,8 +152,7 @@ def _load_cde(files: CheckpointFiles, options: LoadOptions) -> LoadedModel:
         approximate=options.context_attention == "frozen",
         fallback_documents=tuple(fallback.read_text(encoding="utf-8").splitlines()) if fallback else None,
     )
-    head_size: int = second.blocks[0].attn.head_size  # type: ignore[union-attr, index]
-    kernels = options.kernels or fitted(fastest(dtype, device), device, head_size)
+    kernels = options.kernels or fitted(fastest(dtype, device), device, second.blocks[0].attn.head_size)
     frozen = options.context_attention == "frozen"
     model = ContextualModel(spec, weights, semantics, tokenizer.id_of(": "), kernels, frozen=frozen)
     if options.cuda_graphs and device.type == "cuda":

@@ -6,12 +6,15 @@ Source: jxmorris12/cde, cde/model.py.
 import torch
 from torch import Tensor, nn
 
+from app.models.transformer import Transformer
+
 
 class FirstStage(nn.Module):
     """mean over all tokens -> Linear -> GELU (exact) -> Linear."""
 
-    def __init__(self, embedder: nn.Module, hidden_size: int) -> None:
+    def __init__(self, embedder: Transformer) -> None:
         super().__init__()
+        hidden_size = embedder.config.hidden_size
         self.embedder = embedder
         self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
@@ -19,8 +22,9 @@ class FirstStage(nn.Module):
 class SecondStage(nn.Module):
     """Heads around the second backbone: soft prompt tokens behind the context rows, and the output projection."""
 
-    def __init__(self, backbone: nn.Module, hidden_size: int, soft_tokens: int) -> None:
+    def __init__(self, backbone: Transformer, soft_tokens: int) -> None:
         super().__init__()
+        hidden_size = backbone.config.hidden_size
         self.backbone = backbone
         self.prompt_projection = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, soft_tokens * hidden_size)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,23 @@ class Block(nn.Module, ABC):
         """x: the residual stream of the rows (T', D) that ask in `projected`, which is of all rows."""
 
 
+class BackboneConfig(Protocol):
+    """What is asked of every backbone's configuration."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+
 class Transformer(nn.Module, ABC):
     """Packed rows (T, D) float32 -> last hidden states (T', D) float32 of the wanted ones.
 
     Norms its input, so that stage two can put context rows in front of the text.
     """
+
+    config: BackboneConfig
 
     @property
     @abstractmethod

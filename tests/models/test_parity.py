@@ -255,7 +255,7 @@ def test_heads_that_do_not_divide_the_width(heads: int) -> None:
 
 def test_soft_prompt_by_hand() -> None:
     """Linear -> ReLU -> Linear of ones, as eight rows."""
-    stage = SecondStage(ModernBert(MODERN[0]), 64, 8)
+    stage = SecondStage(ModernBert(MODERN[0]), 8)
     randomize(stage, 5)
     state = {name.removeprefix("prompt_projection."): value for name, value in stage.state_dict().items()}
     hidden = (torch.ones(64) @ state["0.weight"].T + state["0.bias"]).clamp(min=0)
