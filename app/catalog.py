@@ -159,7 +159,7 @@ class Catalog:
 
     async def list_current(
         self, namespace: str, served: ServedModel | None, *, after: str | None, limit: int, newest_first: bool
-    ) -> Page:
+    ) -> Page[ContextInfo]:
         model = served.id if served else None
         page = await self._threads.read(
             self._store.list_current, namespace, model, after=after, limit=limit, newest_first=newest_first

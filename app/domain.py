@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
 
 FloatArray = npt.NDArray[np.float32]
 Arrays = Mapping[str, FloatArray]
@@ -211,8 +213,8 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class Page(Generic[T]):
     """One page of a listing, and whether more follows."""
 
-    items: Sequence[ContextInfo]
+    items: Sequence[T]
     has_more: bool

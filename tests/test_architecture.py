@@ -88,6 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "batches": {
         "batches",
+        "domain",
         "errors",
         "json_text",
         "stores.batch_base",

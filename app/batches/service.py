@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from app.batches.lines import ENDPOINT
 from app.batches.runner import BatchRunner
+from app.domain import Page
 from app.errors import InvalidRequest, NotFound, TooManyBatches
-from app.stores.batch_base import BatchInfo, FileInfo, Listing
+from app.stores.batch_base import BatchInfo, FileInfo
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
@@ -56,7 +57,7 @@ class Batches:
 
     async def files(
         self, namespace: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
-    ) -> Listing[FileInfo]:
+    ) -> Page[FileInfo]:
         found = await self._threads.read(
             self._files.list, namespace, purpose=purpose, after=after, limit=limit, newest_first=newest_first
         )
@@ -125,7 +126,7 @@ class Batches:
             raise _no_batch(batch_id)
         return found
 
-    async def list(self, namespace: str, *, after: str | None, limit: int) -> Listing[BatchInfo]:
+    async def list(self, namespace: str, *, after: str | None, limit: int) -> Page[BatchInfo]:
         found = await self._threads.read(self._store.list, namespace, after=after, limit=limit)
         if found is None:
             raise InvalidRequest(f"Invalid 'after': there is no batch '{after}'.", param="after")

@@ -92,7 +92,7 @@ class ContextStore(Protocol):
 
     def list_current(
         self, namespace: str, model: str | None, *, after: str | None, limit: int, newest_first: bool
-    ) -> Page | None:
+    ) -> Page[ContextInfo] | None:
         """The version each name points at. `after`: the id of the last one seen; None where there is no such context.
 
         A page may be longer than `limit` where several names hold the same content: they are never parted.

@@ -3,9 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
 
 LEASE_SECONDS = 10.0
 """A batch whose process gave no sign of life for so long is taken over by another one."""
@@ -85,14 +82,6 @@ class LineResult:
     number: int
     ok: bool
     data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Listing(Generic[T]):
-    """One page, and whether more follows."""
-
-    items: Sequence[T]
-    has_more: bool
 
 
 class LeaseLost(Exception):

@@ -8,17 +8,9 @@ from zlib import crc32
 
 from sqlalchemy import Connection, RowMapping, and_, func, insert, select, update
 
+from app.domain import Page
 from app.stores import claiming
-from app.stores.batch_base import (
-    UNFINISHED,
-    BatchInfo,
-    BatchStatus,
-    Claim,
-    LeaseLost,
-    LineResult,
-    Listing,
-    Problem,
-)
+from app.stores.batch_base import UNFINISHED, BatchInfo, BatchStatus, Claim, LeaseLost, LineResult, Problem
 from app.stores.batch_tables import batch_lines, batches, files
 from app.stores.database import Database
 from app.stores.files import add_file, is_there, page
@@ -59,12 +51,11 @@ class SqlBatchStore:
         with self._database.reading() as connection:
             return connection.scalar(query) or 0
 
-    def list(self, namespace: str, *, after: str | None, limit: int) -> Listing[BatchInfo] | None:
+    def list(self, namespace: str, *, after: str | None, limit: int) -> Page[BatchInfo] | None:
         """Newest first; None where there is no batch `after`."""
         with self._database.reading() as connection:
             query = select(batches).where(batches.c.namespace == namespace)
-            rows = page(connection, batches, query, after=after, limit=limit, newest_first=True)
-        return None if rows is None else Listing([_info(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            return page(connection, batches, query, _info, after=after, limit=limit, newest_first=True)
 
     def cancel(self, namespace: str, batch_id: str) -> BatchInfo | None:
         """`cancelling`, or `cancelled` where it was not begun, unless it is finished; None where there is none."""

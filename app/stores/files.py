@@ -2,10 +2,10 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 from sqlalchemy import (
@@ -24,11 +24,14 @@ from sqlalchemy import (
     update,
 )
 
+from app.domain import Page
 from app.errors import StoreError
-from app.stores.batch_base import UNFINISHED, FileInfo, Listing
+from app.stores.batch_base import UNFINISHED, FileInfo
 from app.stores.batch_tables import batch_lines, batches, file_chunks, files
 from app.stores.database import Database
 from app.stores.errors import PayloadDamaged
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 2**20
 LOOK_AHEAD = 500
@@ -46,13 +49,7 @@ class SqlFileStore:
         self._database = database
 
     def add(
-        self,
-        namespace: str,
-        filename: str,
-        purpose: str,
-        content: Iterable[bytes],
-        *,
-        seconds: int | None = None,
+        self, namespace: str, filename: str, purpose: str, content: Iterable[bytes], *, seconds: int | None = None
     ) -> FileInfo:
         """A file, whole or not at all. `seconds`: that it is kept. Pieces are written one by one, so that others write
         between them; until the last one is, nobody sees it, and what a process that died leaves is deleted in time."""
@@ -85,14 +82,13 @@ class SqlFileStore:
 
     def list(
         self, namespace: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
-    ) -> Listing[FileInfo] | None:
+    ) -> Page[FileInfo] | None:
         """None where there is no file `after`."""
         with self._database.reading() as connection:
             query = select(files).where(files.c.namespace == namespace, is_there())
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
-            rows = page(connection, files, query, after=after, limit=limit, newest_first=newest_first)
-        return None if rows is None else Listing([_info(row) for row in rows[:limit]], has_more=len(rows) > limit)
+            return page(connection, files, query, _info, after=after, limit=limit, newest_first=newest_first)
 
     def chunks(self, file_id: str) -> Iterator[bytes]:
         """The content, piece by piece, each read in a transaction of its own."""
@@ -135,21 +131,13 @@ def content_of(connection: Connection, file: RowMapping) -> Iterator[bytes]:
 
 
 def add_file(
-    connection: Connection,
-    namespace: str,
-    filename: str,
-    purpose: str,
-    *,
-    size: int,
-    seconds: int | None,
-    **output: Any,
+    connection: Connection, namespace: str, filename: str, purpose: str, *, size: int, seconds: int | None, **more: Any
 ) -> FileInfo:
-    """`seconds`: that it is kept; None: until it is deleted. `output`: of which batch it is the output, and which
-    half."""
+    """`seconds`: that it is kept; None: until it is deleted. `more`: other columns of its row."""
     now = int(time.time())
     end = None if seconds is None else now + seconds
     info = FileInfo(f"file-{uuid.uuid4().hex[:24]}", namespace, filename[:255], purpose, size, now, end)
-    connection.execute(insert(files).values(**asdict(info), **output))
+    connection.execute(insert(files).values(**asdict(info), **more))
     return info
 
 
@@ -223,16 +211,24 @@ def _of(file: RowMapping) -> ColumnElement[bool]:
 
 
 def page(
-    connection: Connection, table: Table, query: Any, *, after: str | None, limit: int, newest_first: bool
-) -> list[RowMapping] | None:
-    """`limit` + 1 rows behind the one with id `after`, in order of creation; None where there is no such row."""
+    connection: Connection,
+    table: Table,
+    query: Any,
+    info: Callable[[RowMapping], T],
+    *,
+    after: str | None,
+    limit: int,
+    newest_first: bool,
+) -> Page[T] | None:
+    """`limit` rows of `query` after the one with id `after`, in order of creation; None where there is no such row."""
     if after is not None:
         seq = connection.scalar(query.with_only_columns(table.c.seq).where(table.c.id == after))
         if seq is None:
             return None
         query = query.where(table.c.seq < seq if newest_first else table.c.seq > seq)
     order = table.c.seq.desc() if newest_first else table.c.seq.asc()
-    return list(connection.execute(query.order_by(order).limit(limit + 1)).mappings())
+    rows = connection.execute(query.order_by(order).limit(limit + 1)).mappings().all()
+    return Page([info(row) for row in rows[:limit]], has_more=len(rows) > limit)
 
 
 def _resized(content: Iterable[bytes]) -> Iterator[bytes]:

@@ -95,7 +95,7 @@ class SqlContextStore:
 
     def list_current(
         self, namespace: str, model: str | None, *, after: str | None, limit: int, newest_first: bool
-    ) -> Page | None:
+    ) -> Page[ContextInfo] | None:
         # A content has its place by its first version in this namespace: what other namespaces hold does not show.
         own = select(versions.c.id, func.min(versions.c.seq).label("place")).where(versions.c.namespace == namespace)
         places = own.group_by(versions.c.id).subquery()
