@@ -36,12 +36,10 @@ class Checkpoint:
     corpus_size: int = CORPUS_SIZE
 
 
-def random_checkpoint(
-    family: Family, *, layers: int | None = None, corpus_size: int = CORPUS_SIZE, seed: int = 0
-) -> Checkpoint:
+def random_checkpoint(family: Family, *, layers: int | None = None, corpus_size: int = CORPUS_SIZE) -> Checkpoint:
     """`layers` None: as many as the published model has."""
     config = {} if layers is None else {LAYERS_KEY[family]: layers}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes = {name: tensor.shape for name, tensor in _empty(family, config).state_dict().items()}
     tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
     return Checkpoint(family, config, tensors, corpus_size)

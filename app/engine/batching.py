@@ -71,11 +71,6 @@ class Job:
     text: TokenizedText
     cost: int
 
-    @property
-    def is_live(self) -> bool:
-        """Whether anybody waits for it."""
-        return not (self.submission.dropped or self.submission.future.done())
-
 
 def submission_jobs(
     group: Group,
@@ -98,8 +93,6 @@ def submission_jobs(
 def packed(jobs: Sequence[Job], budget: int) -> list[Job]:
     """The first job, and those of the others nearest to it in length, while the padded batch (longest x rows) fits
     `budget`. The first one always runs, however long it is."""
-    if not jobs:
-        return []
     return joined(jobs[:1], jobs[1:], budget)
 
 

@@ -79,18 +79,9 @@ class Engine:
         return self._crew.problem
 
     @property
-    def healthy(self) -> bool:
-        return self.problem is None
-
-    @property
     def queued_tokens(self) -> int:
         """Tokens as computed, waiting or running, that somebody waits for."""
         return self._waiting.tokens(Lane.INTERACTIVE, Lane.BULK) + self._admission.running_tokens
-
-    @property
-    def drain_rate(self) -> float:
-        """Tokens as computed a second, of all workers."""
-        return self._admission.drain_rate
 
     def submit(
         self,

@@ -125,10 +125,9 @@ class GroupQueue:
             self._tidy(client, queue)
 
     def forget(self, client: str, jobs: int) -> None:
-        queue = self._clients.get(client)
-        if queue is not None:
-            queue.forget(jobs)
-            self._tidy(client, queue)
+        queue = self._clients[client]
+        queue.forget(jobs)
+        self._tidy(client, queue)
 
     def drain(self) -> list[Job]:
         jobs = [job for queue in self._clients.values() for job in queue.drain()]

@@ -79,14 +79,10 @@ class LaneQueue:
         self._count(submission, len(jobs), sum(job.cost for job in jobs))
 
     def next_batch(self, budget: int) -> list[Job]:
-        """A batch of the group whose turn it is; empty when nothing waits."""
-        while self._groups:
-            group = next(iter(self._groups))
-            self._groups.move_to_end(group)
-            batch = self._taken(group, budget, lambda jobs: packed(jobs, budget))
-            if batch:
-                return batch
-        return []
+        """A batch of the group whose turn it is, where something waits."""
+        group = next(iter(self._groups))
+        self._groups.move_to_end(group)
+        return self._taken(group, budget, lambda jobs: packed(jobs, budget))
 
     def ride(self, batch: list[Job], budget: int) -> list[Job]:
         """`batch` with jobs of this lane that fit beside it."""
@@ -104,10 +100,8 @@ class LaneQueue:
         gone = submission.waiting_jobs
         self._count(submission, -gone, -submission.waiting_tokens)
         self._unbegun.pop(id(submission), None)
-        group = self._groups.get(submission.group)
-        if group is not None:
-            group.forget(submission.client, gone)
-            self._tidy(submission.group)
+        self._groups[submission.group].forget(submission.client, gone)
+        self._tidy(submission.group)
 
     def drain(self) -> list[Job]:
         jobs = [job for group in self._groups.values() for job in group.drain()]
@@ -154,9 +148,6 @@ class WaitingJobs:
         self.lanes = {lane: LaneQueue(lane, math.inf if lane is Lane.BACKGROUND else late_seconds) for lane in Lane}
         self._ride = ride
 
-    def __len__(self) -> int:
-        return sum(lane.jobs for lane in self.lanes.values())
-
     def tokens(self, *lanes: Lane) -> int:
         """Tokens as computed that wait in these lanes."""
         return sum(self.lanes[lane].tokens for lane in lanes)
@@ -172,24 +163,22 @@ class WaitingJobs:
 
     def add(self, jobs: Sequence[Job]) -> None:
         """The jobs of one request."""
-        if jobs:
-            self.lanes[jobs[0].submission.lane].add(jobs)
+        self.lanes[jobs[0].submission.lane].add(jobs)
 
     def next_batch(self, budget: int, now: float) -> list[Job]:
         """Jobs of one group that together take at most `budget` tokens, padded; one job of any length alone. Empty
         when nothing waits."""
         waiting = [queue for queue in self.lanes.values() if queue.jobs]
-        # Of those that are due the one that was passed over most, so that none stands still; the others in their order.
-        for chosen in sorted(waiting, key=lambda queue: -queue.passed_over if queue.is_due(now) else 1):
-            batch = chosen.next_batch(budget)
-            if not batch:
-                continue
-            for queue in self.lanes.values():
-                queue.passed_over = 0 if queue is chosen or queue not in waiting else queue.passed_over + 1
-            for slower in waiting[waiting.index(chosen) + 1 :] if self._ride else ():
-                batch = slower.ride(batch, budget)
-            return batch
-        return []
+        if not waiting:
+            return []
+        # Of those that are due the one that was passed over most, so that none stands still; else the fastest.
+        chosen = min(waiting, key=lambda queue: -queue.passed_over if queue.is_due(now) else 1)
+        batch = chosen.next_batch(budget)
+        for queue in self.lanes.values():
+            queue.passed_over = 0 if queue is chosen or queue not in waiting else queue.passed_over + 1
+        for slower in waiting[waiting.index(chosen) + 1 :] if self._ride else ():
+            batch = slower.ride(batch, budget)
+        return batch
 
     def forget(self, submission: Submission) -> int:
         """Drops what waits of a request; how many jobs that were."""

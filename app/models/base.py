@@ -108,11 +108,11 @@ def fetch(result: Tensor) -> Callable[[], FloatArray]:
     return wait
 
 
-def pad(texts: Sequence[TokenizedText], device: torch.device, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+def pad(texts: Sequence[TokenizedText], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B, S) int64 and mask (B, S) bool, padded on the right; a padded id never enters a result."""
     lengths = torch.tensor([len(text.input_ids) for text in texts])
     longest = int(lengths.max())
-    rows = [list(text.input_ids) + [pad_id] * (longest - len(text.input_ids)) for text in texts]
+    rows = [list(text.input_ids) + [0] * (longest - len(text.input_ids)) for text in texts]
     mask = torch.arange(longest)[None, :] < lengths[:, None]
     return to_device(torch.tensor(rows), device), to_device(mask, device)
 

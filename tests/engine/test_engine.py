@@ -129,16 +129,16 @@ def test_a_poisoned_text_fails_alone_and_the_thread_lives_on() -> None:
     for i, future in enumerate(good, start=1):
         assert future.result(10)[0, 0] == i
     assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
-    assert engine.healthy
+    assert engine.problem is None
     engine.stop(5)
 
 
 def test_health_is_the_last_batch(engine: Engine) -> None:
     with pytest.raises(ServerFault):
         engine.submit("stub", Stage.SECOND, [text(POISON)], context(1.0)).result(10)
-    assert not engine.healthy
+    assert engine.problem is not None
     engine.submit("stub", Stage.SECOND, [text(1)], context(1.0)).result(10)
-    assert engine.healthy
+    assert engine.problem is None
 
 
 def test_nan_never_leaves(engine: Engine) -> None:
@@ -261,7 +261,7 @@ def test_workers_share_the_queue_and_answer_all() -> None:
     for future in held:
         assert future.result(20).shape == (90, 4)
     assert len(model.threads) == 3
-    assert engine.healthy
+    assert engine.problem is None
     engine.stop(5)
     assert engine.queued_tokens == 0
 

@@ -71,7 +71,7 @@ def test_out_of_memory_halves_the_batch_and_all_are_answered(error: Callable[[st
     rows = engine.submit("stub", Stage.SECOND, [text(i) for i in range(64)], context(1.0)).result(SLOW)
     assert rows[:, 0].tolist() == list(range(64))
     assert metrics.OOM_SPLITS._value.get() > splits
-    assert engine.healthy
+    assert engine.problem is None
     engine.stop(5)
 
 
@@ -187,7 +187,7 @@ def test_a_vector_that_is_not_finite_is_computed_again_in_float32() -> None:
     with pytest.raises(NonFiniteEmbedding):  # a model is not loaded again and again
         engine.submit("stub", Stage.SECOND, [text(9)], context(5.0)).result(10)
     assert loaded == ["stub on cpu"]
-    assert engine.healthy
+    assert engine.problem is None
     engine.stop(5)
 
 
@@ -269,7 +269,7 @@ def test_a_worker_that_dies_is_started_again_and_its_callers_are_told() -> None:
         with pytest.raises(EngineUnavailable, match="send the request again"):
             engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0)).result(10)
         assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
-        until(lambda: engine.healthy)
+        until(lambda: engine.problem is None)
     assert fatal == []
     assert len(model.threads) >= 2
     held = engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0))
@@ -422,7 +422,7 @@ def test_a_stuck_forward_is_noticed_its_callers_answered_and_the_process_told() 
     until(lambda: len(fatal) == 1)
     gate.open.set()
     assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
-    until(lambda: engine.healthy)
+    until(lambda: engine.problem is None)
     engine.stop(5)
 
 
