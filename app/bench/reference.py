@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from app.bench.models import Checkpoint
 from app.domain import TokenizedText
 from app.errors import ConfigError
+from app.models.base import pad
 
 NOMIC_NAMES = {
     "emb_ln": "embeddings.LayerNorm",
@@ -68,8 +69,9 @@ class Reference:
         return self._head("second_stage_model.output_projection", _mean(hidden[:, len(context) :], mask), F.relu)
 
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
-        ids, mask = _pad(texts)
-        return ids.to(self._device), mask.to(self._device)
+        """Ids and mask, (B, S) int64."""
+        input_ids, mask = pad(texts, self._device)
+        return input_ids, mask.long()
 
     def _text_rows(self, input_ids: Tensor) -> Tensor:
         embeddings = self._second.embeddings
@@ -125,14 +127,6 @@ def _filled(kind: Callable[[Any], nn.Module], config: Any, state: Mapping[str, T
     model.load_state_dict(dict(state), assign=True)
     # Buffers, as of rotations, are in no checkpoint.
     return model.to(next(iter(state.values())).device).eval()
-
-
-def _pad(texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (B, S) int64, padded on the right."""
-    longest = max(len(text.input_ids) for text in texts)
-    ids = torch.tensor([[*text.input_ids, *[0] * (longest - len(text.input_ids))] for text in texts])
-    mask = torch.tensor([[int(i < len(text.input_ids)) for i in range(longest)] for text in texts])
-    return ids, mask
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
