@@ -141,7 +141,7 @@ def devices_of(settings: Settings) -> list[str | None]:
 
 def _in_float32(settings: Settings, registry: Registry, model_id: str, device: str) -> TwoStageModel:
     """The model once more on `device`, as exactly as it can be computed. Raises CheckpointError."""
-    (chosen,) = [m for m in settings.models if registry.get(served_names(m)[0]).id == model_id]
+    chosen = next(model for model in settings.models if served_names(model)[0] == model_id)
     exact = load_model(chosen.name, replace(options_of(chosen, device), dtype="float32")).model
     if exact.spec.revision != registry.get(model_id).spec.revision:
         raise CheckpointError(f"{chosen.name} has other weights now than those that are served")
