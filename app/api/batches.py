@@ -25,7 +25,6 @@ from app.errors import (
     InvalidRequest,
     RequestTooLarge,
     RetryableError,
-    ServiceError,
     StoreError,
     UnsupportedMediaType,
 )
@@ -61,17 +60,12 @@ class LineAnswers:
         except Exception as error:
             if isinstance(error, StoreError) and error.passes:
                 raise
-            return _answered(error)
+            return self.given_up(error)
 
-    def given_up(self, error: ServiceError) -> tuple[int, bytes]:
+    def given_up(self, error: Exception) -> tuple[int, bytes]:
         """What the endpoint answers to this."""
-        return _answered(error)
-
-
-def _answered(error: Exception) -> tuple[int, bytes]:
-    """As LastNet does for a request."""
-    response = response_of(error)
-    return response.status_code, bytes(response.body)
+        response = response_of(error)
+        return response.status_code, bytes(response.body)
 
 
 @router.post("/v1/files", openapi_extra=form())

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import orjson
 
 from app.batches.lines import Line
-from app.errors import OutOfDeviceMemory, RetryableError, ServiceError, ShuttingDown, StoreError
+from app.errors import OutOfDeviceMemory, RetryableError, ShuttingDown, StoreError
 from app.stores.batch_base import LineResult
 from app.telemetry.requests import RequestRecord, current
 
@@ -23,7 +23,7 @@ class Answers(Protocol):
     async def __call__(self, body: Any, namespace: str, /) -> tuple[int, bytes]:
         """In that namespace. Raises what may pass."""
 
-    def given_up(self, error: ServiceError, /) -> tuple[int, bytes]:
+    def given_up(self, error: Exception, /) -> tuple[int, bytes]:
         """Where nothing else will come."""
 
 
@@ -37,7 +37,7 @@ async def answered(answers: Answers, line: Line, namespace: str, stopped: asynci
     return None if answer is None else _result(line, answer, request.id)
 
 
-def given_up(answers: Answers, line: Line, error: ServiceError) -> LineResult:
+def given_up(answers: Answers, line: Line, error: Exception) -> LineResult:
     """It is not tried again."""
     return _result(line, answers.given_up(error), f"req_{uuid.uuid4().hex}")
 

@@ -17,7 +17,7 @@ from app.batches.answering import ATTEMPTS
 from app.batches.runner import AT_ONCE, BatchRunner
 from app.batches.window import WINDOW_BYTES
 from app.batches.work import DEADLY, BatchWork
-from app.errors import OutOfDeviceMemory, QueueFull, ServiceError
+from app.errors import OutOfDeviceMemory, QueueFull
 from app.stores.batch_base import BatchInfo, BatchStatus
 from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
@@ -64,8 +64,8 @@ class Answers:
     async def __call__(self, body: Any, namespace: str) -> tuple[int, bytes]:
         return await self._call(body, namespace)
 
-    def given_up(self, error: ServiceError) -> tuple[int, bytes]:
-        return 503, json.dumps({"given_up": error.message}).encode()
+    def given_up(self, error: Exception) -> tuple[int, bytes]:
+        return 503, json.dumps({"given_up": str(error)}).encode()
 
 
 @asynccontextmanager
