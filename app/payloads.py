@@ -27,10 +27,16 @@ def to_safetensors(arrays: Arrays, weights: str | None = None) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
 
 
-def weights_named(data: bytes) -> str | None:
-    """The SHA-256 of the weights that made a file's arrays, where it says so; of data that can be read."""
-    if data.startswith(NPY_MAGIC):
-        return None
+def read_arrays(data: bytes, *, npy: bool) -> tuple[Arrays, str | None]:
+    """A file to be imported: its arrays, and the SHA-256 of the weights that made them, where it says so. `npy`: it is
+    said to be one; one that is called something else is known by its first bytes. Raises ValueError."""
+    if npy or data.startswith(NPY_MAGIC):
+        return from_npy(data), None
+    return from_safetensors(data), _weights_named(data)
+
+
+def _weights_named(data: bytes) -> str | None:
+    """Of a safetensors file that can be read."""
     header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     named: str | None = (header.get("__metadata__") or {}).get(WEIGHTS)
     return named

@@ -1,4 +1,4 @@
-"""/v1/contexts: create, import, list, get, export, versions, rollback, delete, compare."""
+"""/v1/contexts: create, import, list, get, export, versions, documents, rollback, delete."""
 
 import asyncio
 from functools import partial
@@ -35,7 +35,7 @@ from app.context_refs import check_name, parse_ref
 from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import ContextModelMismatch, InvalidRequest, UnsupportedMediaType
 from app.json_text import InvalidJson, parse_json
-from app.payloads import NPY_MAGIC, from_npy, from_safetensors, to_npy, to_safetensors, weights_named
+from app.payloads import read_arrays, to_npy, to_safetensors
 from app.registry import Registry, ServedModel
 from app.selection import Minicorpus
 
@@ -136,9 +136,8 @@ async def import_context(
         raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; {SAFETENSORS} or {NPY} is expected.")
     check_name(name)
     data = await read_body(request, settings.limits.max_body_bytes)
-    parse = from_npy if kind == NPY or data.startswith(NPY_MAGIC) else from_safetensors
     try:
-        arrays, weights = await asyncio.to_thread(parse, data), weights_named(data)
+        arrays, weights = await asyncio.to_thread(read_arrays, data, npy=kind == NPY)
     except ValueError as error:
         raise InvalidRequest(f"The body cannot be read: {error}.", param="body") from error
     if weights not in (None, served.spec.revision):

@@ -38,7 +38,7 @@ from app.errors import ConfigError, ContextLengthExceeded
 from app.models.base import InvalidContext
 from app.models.loading import LoadOptions
 from app.offline import Offline
-from app.payloads import from_npy, from_safetensors, weights_named
+from app.payloads import read_arrays
 from app.scale.job import Recipe
 from app.settings import ModelSettings, Settings
 from app.settings_sources import load_settings
@@ -143,12 +143,12 @@ def context_payload(offline: Offline, given: str | None, seed: int, config: Path
     if path.suffix.lower() in TEXT_SUFFIXES:
         return offline.context_of((record.text for record in read_records(path)), Selection(seed=seed))
     if path.suffix.lower() in (".safetensors", ".npy"):
-        parse, data = from_npy if path.suffix.lower() == ".npy" else from_safetensors, path.read_bytes()
         try:
-            payload = offline.context_from(parse(data))
+            arrays, weights = read_arrays(path.read_bytes(), npy=path.suffix.lower() == ".npy")
+            payload = offline.context_from(arrays)
         except (InvalidContext, ValueError) as error:
             raise ConfigError(f"{path} is no context of {offline.spec.id}: {error}") from error
-        if weights_named(data) not in (None, offline.spec.revision):
+        if weights not in (None, offline.spec.revision):
             raise ConfigError(f"{path} was made with other weights than those of {offline.spec.id}")
         return payload
     if path.suffix and path.is_file():
