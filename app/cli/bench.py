@@ -16,7 +16,7 @@ from app.bench.gpu import GPU_VARIANTS, GpuComparison, GpuRow
 from app.bench.http import Load, Outcome, closed_loop, open_loop
 from app.bench.models import Checkpoint, random_checkpoint, read_checkpoint
 from app.cli.client import LOCAL, KeyOption, UrlOption, address, bearer
-from app.cli.options import RevisionOption, given_options, messages, wide_console
+from app.cli.options import JsonOption, RevisionOption, given_options, messages, wide_console
 from app.models.loading import BUILTIN, LoadOptions, check_device
 
 bench = typer.Typer(help="Speed, measured: of the forward, with `gpu` on one, or with `http` of a running server.")
@@ -29,7 +29,6 @@ LengthsOption = Annotated[str, typer.Option("--lengths", help="Tokens of a text"
 MixedOption = Annotated[bool, typer.Option("--mixed", help="Also a stream of mixed lengths")]
 FirstStageOption = Annotated[bool, typer.Option("--first-stage", help="Also the first stage")]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Runs of each variant; the median counts")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
 
 MAX_TOKENS = 512
 """Of a text, as both models take it."""
@@ -187,7 +186,7 @@ def http(
     rate: Annotated[float | None, typer.Option(min=0.01, help="Open loop instead: requests a second")] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts of a request")] = 1,
     words: Annotated[int, typer.Option(min=1, help="Words of a text, about")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Load on a running server: texts a second and latencies. Exit code 1: nothing was answered."""
     if rate is not None and "clients" in given_options(context):

@@ -1,10 +1,9 @@
 """`cde-server embed`: texts to vectors, offline: a file in this process, or a corpus on a Ray cluster."""
 
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,16 +46,6 @@ from app.stores.sql import SqlContextStore
 from app.vectors import normalized
 
 
-class Truncate(StrEnum):
-    NONE = "none"
-    END = "end"
-
-
-class Engine(StrEnum):
-    LOCAL = "local"
-    RAY = "ray"
-
-
 def embed(
     *,
     model: ModelOption,
@@ -70,8 +59,10 @@ def embed(
     ] = None,
     seed: SeedOption = 0,
     normalize: Annotated[bool, typer.Option(help="Vectors of unit length")] = True,
-    truncate: Annotated[Truncate, typer.Option(help="Texts over the max length: an error, or cut")] = Truncate.NONE,
-    engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster")] = Engine.LOCAL,
+    truncate: Annotated[
+        Literal["none", "end"], typer.Option(help="Texts over the max length: an error, or cut")
+    ] = "none",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster")] = "local",
     workers: WorkersOption = None,
     num_cpus: CpusOption = None,
     num_gpus: GpusOption = None,
@@ -86,10 +77,10 @@ def embed(
 ) -> None:
     """Embed texts. A run that was cut short goes on where it stopped."""
     options = LoadOptions(revision=revision, semantics=semantics, dtype=dtype, device=device)
-    recipe = Recipe(model, options, input_type, truncate is Truncate.END, normalize)
+    recipe = Recipe(model, options, input_type, truncate == "end", normalize)
     context_of = partial(context_payload, given=context, seed=seed, config=config)
     on_ray = RayOptions(workers, num_cpus, num_gpus, tuple(keep or ()), part_rows)
-    if engine is Engine.RAY:
+    if engine == "ray":
         if overwrite:
             raise typer.BadParameter("--overwrite is not for --engine ray, which completes the output that is there")
         embed_on_ray(recipe, context_of, input_, output, on_ray)

@@ -24,6 +24,7 @@ SeedOption = Annotated[
         min=-(2**63), max=2**63 - 1, help="Which documents make the context, where there are more than it takes"
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
 

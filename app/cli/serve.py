@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from app.cli.draining import DrainingServer, listen
+from app.cli.options import ConfigOption
 from app.lifecycle import Server
 from app.main import application
 from app.preflight import check
@@ -18,8 +19,6 @@ from app.settings_sources import find_vocabulary, load_settings
 from app.telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
-
-ConfigOption = Annotated[Path | None, typer.Option(help="Settings file (TOML); default config/cde-server.toml")]
 
 
 def serve(
