@@ -1,29 +1,12 @@
 """How far two contexts of a model part on some texts, so that a migration between them is a number."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from app.domain import ANYBODY, SHARED, Caller, Embeddings
 from app.embed_request import EmbedRequest
 from app.errors import ContextNotFound, UnknownContextNamed
-from app.registry import ServedModel
 from app.service import EmbeddingService
 from app.vectors import cosines_of, overlap
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What to compare: two contexts as a caller names them, and on which texts."""
-
-    served: ServedModel
-    ref: str
-    other: str
-    texts: Sequence[str]
-    input_type: str | None = None
-    top_k: int = 10
-    namespace: str = SHARED
-    caller: Caller = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,34 +31,25 @@ class Compatibility:
     overlap: float | None
 
 
-async def compare(service: EmbeddingService, comparison: Comparison) -> Compatibility:
-    """Embeds the texts under both contexts, cut where they are too long. Raises ContextNotFound, and as `embed`."""
+async def compare(service: EmbeddingService, asked: EmbedRequest, ref: str, other: str, top_k: int) -> Compatibility:
+    """Embeds the texts of `asked`, which names no context, under `ref` and under `other`. `top_k`: nearest neighbours
+    that are compared. Raises ContextNotFound, and as `embed`."""
     try:
-        a = await service.embed(_request(comparison, comparison.ref, "ref"))
+        a = await service.embed(replace(asked, contexts={"ref": ref}))
     except UnknownContextNamed as error:  # it is in the path
         raise ContextNotFound(error.message, param="ref") from error
     try:
-        b = await service.embed(_request(comparison, comparison.other, "with"))
+        b = await service.embed(replace(asked, contexts={"with": other}))
     except UnknownContextNamed as error:
         raise UnknownContextNamed(error.message, param="with") from error
     cosines = cosines_of(a.vectors, b.vectors)
-    shared = await asyncio.to_thread(overlap, a.vectors, b.vectors, comparison.top_k)
-    contexts = _compared(a), _compared(b)
-    mean, least = float(cosines.mean()), float(cosines.min())
-    return Compatibility(comparison.served.id, contexts, len(comparison.texts), mean, least, comparison.top_k, shared)
-
-
-def _request(comparison: Comparison, ref: str, source: str) -> EmbedRequest:
-    return EmbedRequest(
-        model=comparison.served.id,
-        texts=comparison.texts,
-        contexts={source: ref},
-        input_types={} if comparison.input_type is None else {"input_type": comparison.input_type},
-        truncate="end",
-        namespace=comparison.namespace,
-        caller=comparison.caller,
+    shared = await asyncio.to_thread(overlap, a.vectors, b.vectors, top_k)
+    return Compatibility(
+        model=asked.model,
+        contexts=(Compared(a.context_id, a.context_name), Compared(b.context_id, b.context_name)),
+        texts=len(cosines),
+        mean_cosine=float(cosines.mean()),
+        min_cosine=float(cosines.min()),
+        top_k=top_k,
+        overlap=shared,
     )
-
-
-def _compared(embeddings: Embeddings) -> Compared:
-    return Compared(embeddings.context_id, embeddings.context_name)

@@ -100,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "references": {"domain"},
     "selfcheck": {"domain", "engine", "errors", "models.base", "references", "registry", "vectors"},
-    "compatibility": {"embed_request", "domain", "errors", "registry", "service", "vectors"},
+    "compatibility": {"embed_request", "errors", "service", "vectors"},
     "offline": {
         "building",
         "catalog",

@@ -11,7 +11,8 @@ from app.api.dependencies import CallerOf, Embedder, ModelQuery, Namespace, Regi
 from app.api.openapi import takes
 from app.api.presence import while_connected
 from app.api.schemas import ORJSONResponse
-from app.compatibility import Comparison, compare
+from app.compatibility import compare
+from app.embed_request import EmbedRequest
 
 router = APIRouter(tags=["contexts"], dependencies=[Depends(admitted)])
 
@@ -31,5 +32,13 @@ async def compare_contexts(
 ) -> Response:
     """How far two contexts part on the given texts: cosine of the two vectors, and overlap of nearest neighbours."""
     served = model_named(registry, body.model, model)
-    comparison = Comparison(served, ref, body.with_, body.texts, body.input_type, body.top_k, namespace, caller)
-    return ORJSONResponse(compatibility_body(await while_connected(request, compare(embedder, comparison))))
+    asked = EmbedRequest(
+        model=served.id,
+        texts=body.texts,
+        input_types={} if body.input_type is None else {"input_type": body.input_type},
+        truncate="end",
+        namespace=namespace,
+        caller=caller,
+    )
+    found = await while_connected(request, compare(embedder, asked, ref, body.with_, body.top_k))
+    return ORJSONResponse(compatibility_body(found))
