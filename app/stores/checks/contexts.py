@@ -30,15 +30,21 @@ def check_contexts(connection: Connection, checked: dict[str, int]) -> Iterator[
         checked["versions"] += 1
         info = _info(row)
         if isinstance(info, str):
-            label = one(connection, select(versions.c.name, versions.c.version).where(versions.c.seq == seq))
-            called = f"{label['name']}.{label['version']}" if isinstance(label, RowMapping) else f"number {seq}"
-            yield Finding(f"version {called}", f"Its row cannot be read: {info}.", f"{AGAIN} By the name alone.")
+            yield Finding(
+                f"version {_called(connection, seq)}", f"Its row cannot be read: {info}.", f"{AGAIN} By the name alone."
+            )
             continue
         infos[info.space.namespace, info.space.model, info.name].append(info)
         holders[info.id].append(info)
     yield from _names(connection, infos, checked)
     yield from _payloads(connection, holders, checked)
     yield from _texts(connection)
+
+
+def _called(connection: Connection, seq: int) -> str:
+    """A version, by name and number where these can be read."""
+    row = one(connection, select(versions.c.name, versions.c.version).where(versions.c.seq == seq))
+    return f"{row['name']}.{row['version']}" if isinstance(row, RowMapping) else f"number {seq}"
 
 
 def _info(row: RowMapping | Exception | None) -> ContextInfo | str:
@@ -141,9 +147,7 @@ def _texts(connection: Connection) -> Iterator[Finding]:
     for seq, row in one_by_one(connection, texts, texts.c.version_seq):
         problem = _texts_problem(row)
         if problem is not None:
-            label = one(connection, select(versions.c.name, versions.c.version).where(versions.c.seq == seq))
-            called = f"{label['name']}.{label['version']}" if isinstance(label, RowMapping) else f"number {seq}"
-            yield Finding(f"documents of version {called}", problem, AGAIN)
+            yield Finding(f"documents of version {_called(connection, seq)}", problem, AGAIN)
 
 
 def _texts_problem(row: RowMapping | Exception | None) -> str | None:
