@@ -7,7 +7,7 @@ another's, as the time that an answer takes would tell who has embedded what.
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,10 +32,11 @@ OVERHEAD = 300
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """Texts on the device together, and how many requests wait for them."""
+    """Texts on the device together. `places`: each one's row among `rows` (n, hidden_size). `waiting`: requests that
+    wait for them."""
 
     rows: "asyncio.Future[FloatArray]"
-    texts: int
+    places: Mapping[Key, int]
     timing: Timing
     waiting: int = 0
 
@@ -48,7 +49,7 @@ class VectorCache:
         """`max_bytes` 0: nothing is kept; texts in flight are still shared."""
         self._engine = engine
         self._rows: LRUCache[Key, FloatArray] = LRUCache(max_bytes, getsizeof=_size)
-        self._flying: dict[Key, tuple[_Flight, int]] = {}
+        self._flying: dict[Key, _Flight] = {}
 
     async def embed(
         self,
@@ -68,7 +69,7 @@ class VectorCache:
             keys = await asyncio.to_thread(_keys, namespace, served.id, context.key, texts)
         out = np.empty((len(texts), served.spec.hidden_size), np.float32)
         missing: dict[Key, TokenizedText] = {}
-        flights: dict[Key, tuple[_Flight, int]] = {}
+        flights: dict[Key, _Flight] = {}
         for i, (key, text) in enumerate(zip(keys, texts, strict=True)):
             row = self._rows.get(key)
             if row is not None:
@@ -77,14 +78,17 @@ class VectorCache:
                 flights[key] = self._flying[key]
             else:
                 missing[key] = text
-        own = self._take_off(served, missing, context, caller) if missing else {}
-        self._count(len(texts), shared=len(flights), computed=len(missing))  # not, where there was no room
-        rows, failed = await self._landed(flights | own)
-        _record(own)
-        borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in own}
+        own = self._take_off(served, missing, context, caller) if missing else None
+        _count(len(texts), shared=len(flights), computed=len(missing))  # not where the engine had no room
+        if own is not None:
+            flights |= dict.fromkeys(missing, own)
+        rows, failed = await _landed(flights)
+        if own is not None:
+            _record(own)
+        borrowed = {key: text for key, text in zip(keys, texts, strict=True) if key in failed and key not in missing}
         if borrowed and len(borrowed) == len(failed):  # another request's text may have been to blame
             again = self._take_off(served, borrowed, context, caller)
-            more, failed = await self._landed(again)
+            more, failed = await _landed(dict.fromkeys(borrowed, again))
             rows |= more
         for error in failed.values():
             raise error
@@ -96,73 +100,68 @@ class VectorCache:
     def _may_join(self, key: Key, texts: int) -> bool:
         """Not a flight that is larger than the request itself, as it lands as a whole; nor one that everybody has left
         and that is still to be cleared away."""
-        flight, _ = self._flying.get(key, (None, 0))
-        return flight is not None and flight.texts <= texts and not flight.rows.cancelled()
+        flight = self._flying.get(key)
+        return flight is not None and len(flight.places) <= texts and not flight.rows.cancelled()
 
     def _take_off(
-        self, served: ServedModel, missing: dict[Key, TokenizedText], context: Payload, caller: Caller
-    ) -> dict[Key, tuple[_Flight, int]]:
-        texts = list(missing.values())
-        timing = Timing()
+        self, served: ServedModel, missing: Mapping[Key, TokenizedText], context: Payload, caller: Caller
+    ) -> _Flight:
+        """Sends texts to the engine. Raises what Engine.submit raises."""
+        texts, timing = list(missing.values()), Timing()
         future = self._engine.submit(served.id, Stage.SECOND, texts, context, caller=caller, timing=timing)
-        COMPUTE_TOKENS.labels(served.id).inc(
-            sum(len(text.input_ids) + served.spec.context_rows for text in missing.values())
-        )
-        flight = _Flight(asyncio.wrap_future(future), len(texts), timing)
-        placed = {key: (flight, index) for index, key in enumerate(missing)}
+        COMPUTE_TOKENS.labels(served.id).inc(sum(len(text.input_ids) + served.spec.context_rows for text in texts))
+        flight = _Flight(asyncio.wrap_future(future), {key: place for place, key in enumerate(missing)}, timing)
         if not caller.background:  # a caller who waits is not to wait behind the background
-            self._flying |= placed
-        flight.rows.add_done_callback(lambda rows: self._land(rows, placed))
-        return placed
+            self._flying |= dict.fromkeys(missing, flight)
+        flight.rows.add_done_callback(lambda _: self._land(flight))
+        return flight
 
-    def _land(self, rows: "asyncio.Future[FloatArray]", placed: dict[Key, tuple[_Flight, int]]) -> None:
-        worked = not rows.cancelled() and rows.exception() is None
-        for key, (flight, index) in placed.items():
-            if self._flying.get(key, (None,))[0] is flight:
+    def _land(self, flight: _Flight) -> None:
+        """It is done: its rows are kept, if there are any, and nobody joins it any more."""
+        worked = not flight.rows.cancelled() and flight.rows.exception() is None
+        for key, place in flight.places.items():
+            if self._flying.get(key) is flight:
                 del self._flying[key]
-            if worked and _size(rows.result()[index]) <= self._rows.maxsize:
-                self._rows[key] = rows.result()[index].copy()
+            if worked and _size(flight.rows.result()[place]) <= self._rows.maxsize:
+                self._rows[key] = flight.rows.result()[place].copy()
         VECTOR_CACHE_BYTES.set(self._rows.currsize)
 
-    @staticmethod
-    async def _landed(
-        placed: dict[Key, tuple[_Flight, int]],
-    ) -> tuple[dict[Key, FloatArray], dict[Key, ServiceError]]:
-        """Waits for all flights: rows, and errors. Work that nobody waits for any more is dropped."""
-        flights = {flight for flight, _ in placed.values()}
-        for flight in flights:
-            flight.waiting += 1
-        try:
-            for flight in flights:
-                with suppress(ServiceError):
-                    await asyncio.shield(flight.rows)
-        finally:
-            for flight in flights:
-                flight.waiting -= 1
-                if flight.waiting == 0:
-                    flight.rows.cancel()  # nothing, where it has landed
-        rows, failed = {}, {}
-        for key, (flight, index) in placed.items():
-            error = flight.rows.exception()
-            if isinstance(error, ServiceError):
-                failed[key] = error
-            else:
-                rows[key] = flight.rows.result()[index]
-        return rows, failed
 
-    @staticmethod
-    def _count(texts: int, *, shared: int, computed: int) -> None:
-        VECTOR_CACHE.labels("computed").inc(computed)
-        VECTOR_CACHE.labels("shared").inc(shared)
-        VECTOR_CACHE.labels("hit").inc(texts - shared - computed)
+async def _landed(flights: Mapping[Key, _Flight]) -> tuple[dict[Key, FloatArray], dict[Key, ServiceError]]:
+    """Waits for all flights: rows, and errors. Work that nobody waits for any more is dropped."""
+    awaited = set(flights.values())
+    for flight in awaited:
+        flight.waiting += 1
+    try:
+        for flight in awaited:
+            with suppress(ServiceError):
+                await asyncio.shield(flight.rows)
+    finally:
+        for flight in awaited:
+            flight.waiting -= 1
+            if flight.waiting == 0:
+                flight.rows.cancel()  # nothing, where it has landed
+    rows, failed = {}, {}
+    for key, flight in flights.items():
+        error = flight.rows.exception()
+        if isinstance(error, ServiceError):
+            failed[key] = error
+        else:
+            rows[key] = flight.rows.result()[flight.places[key]]
+    return rows, failed
 
 
-def _record(own: dict[Key, tuple[_Flight, int]]) -> None:
+def _count(texts: int, *, shared: int, computed: int) -> None:
+    VECTOR_CACHE.labels("computed").inc(computed)
+    VECTOR_CACHE.labels("shared").inc(shared)
+    VECTOR_CACHE.labels("hit").inc(texts - shared - computed)
+
+
+def _record(own: _Flight) -> None:
     """Where the time of texts computed for this request went."""
-    for flight in {flight for flight, _ in own.values()}:
-        timing = flight.timing
-        if timing.started_at is not None:
-            record_engine(timing.started_at - timing.queued_at, timing.forward_seconds, texts=len(own))
+    timing = own.timing
+    if timing.started_at is not None:
+        record_engine(timing.started_at - timing.queued_at, timing.forward_seconds, texts=len(own.places))
 
 
 def _size(row: FloatArray) -> int:
