@@ -89,11 +89,11 @@ class ContextRequired(InvalidRequest):
 
 
 class ContextInUse(InvalidRequest):
-    """The version a name points at cannot be deleted alone."""
+    """The version a name points at cannot be deleted alone, nor the default context at all."""
 
 
 class UnknownContextNamed(InvalidRequest):
-    """A context named in the body or a header does not exist."""
+    """A context named in the body or a header does not exist, or could not be built."""
 
 
 class FirstStageUnavailable(InvalidRequest):
@@ -169,7 +169,7 @@ class Unavailable(RetryableError):
 
 
 class NotReady(Unavailable):
-    """The server is starting, or its last batch failed."""
+    """The server is starting or has failed, or its last batch did."""
 
 
 class ContextNotReady(Unavailable):
@@ -189,7 +189,7 @@ class TooManyConnections(Unavailable):
 
 
 class EngineUnavailable(Unavailable):
-    """The device's worker does not answer."""
+    """The device does not answer."""
 
 
 class OutOfDeviceMemory(EngineUnavailable):

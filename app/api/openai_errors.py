@@ -121,7 +121,7 @@ def response_of(error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Every handler the app needs; unexpected exceptions go to the envelope, which has the request id."""
+    """Every handler the app needs; other exceptions are for envelope.LastNet, which is around all of it."""
 
     async def known(_request: Request, error: Exception) -> Response:
         return response_of(error)

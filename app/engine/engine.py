@@ -1,7 +1,8 @@
 """The device's owners: threads that run both stages of all models, batch after batch; everybody else sends them jobs.
 
-One on a GPU. On a CPU one a core, each computing with one thread and all sharing the weights: that scales where the
-threads of one forward wait for each other. A further thread watches over them.
+On a GPU two: one prepares a batch while another's is computed. On a CPU one per core, each computing with one thread
+and all sharing the weights: that scales, where several threads in one forward would wait for each other. A further
+thread watches over them.
 """
 
 import math
@@ -52,7 +53,7 @@ class Engine:
         on_fatal: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         """`replicas`: the models once a device. `exact`: see Replica. `on_fatal`: told, in any thread, when workers
-        cannot be kept alive, or one is stuck: the process is to end."""
+        cannot be kept alive, the device is lost or a forward is stuck: the process is to end."""
         self._models = replicas[0]
         self._options = options
         self._changed = threading.Condition()

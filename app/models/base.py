@@ -23,7 +23,7 @@ class InvalidContext(ValueError):
 
 
 class TwoStageModel(Protocol):
-    """A loaded model. Only the engine's device thread calls the stages and `load_context`."""
+    """A loaded model. The engine calls its stages and `load_context` from several threads, in torch.inference_mode."""
 
     @property
     def spec(self) -> ModelSpec: ...

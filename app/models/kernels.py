@@ -1,4 +1,5 @@
-"""The linear layers of the backbones, and which kernels compute them: the only file that knows oneDNN's private ops.
+"""The linear layers of the backbones, and which kernels compute them. Only this file and attention.py know oneDNN's
+private ops.
 
 `mkldnn::_linear_pointwise` runs on a weight reordered once into oneDNN's blocked layout, with an activation, a product
 or a sum in the same pass; `onednn::qlinear_pointwise` does so in int8. torch.compile's CPU backend emits the same calls

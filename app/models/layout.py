@@ -1,4 +1,5 @@
-"""Sequences of any lengths packed one behind the other: rows (T, D), and where each sequence lies. No padding.
+"""Sequences of any lengths packed one behind the other: rows (T, D), and where each sequence lies. None is padded to
+the longest; a few rows of filler may keep the number of shapes small (kernels.py, `row_multiple`).
 
 Linears and norms see the rows alone; attention goes segment by segment.
 """

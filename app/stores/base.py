@@ -53,7 +53,7 @@ class Built:
 
 
 class ContextStore(Protocol):
-    """Thread-safe and synchronous; callers use the thread pool.
+    """Thread-safe and synchronous; coroutines call it through StoreThreads.
 
     Every method raises StoreError when the store cannot answer. A method that returns has its effect on disk.
     A name points at its newest completed version, or at one it was moved to; while there is none, at its newest.
