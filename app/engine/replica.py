@@ -80,11 +80,9 @@ class Replica:
         """Tokens of one batch, padded, that are known to fit."""
         return self._batch_tokens
 
-    def run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None]) -> None:
-        """Answers every job. `release`: called with jobs just before they are answered. Raises DeviceFailed."""
-        self._run(batch, release, again=True)
-
-    def _run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None], *, again: bool) -> None:
+    def run(self, batch: Sequence[Job], release: Callable[[Sequence[Job]], None], *, again: bool = True) -> None:
+        """Answers every job. `release`: called with jobs just before they are answered. `again`: a text for which there
+        is no memory is tried a second time, when room was made. Raises DeviceFailed."""
         try:
             vectors = self._forward(batch)
             if len(vectors) != len(batch):
@@ -106,10 +104,10 @@ class Replica:
         if failed is None:
             metrics.OOM_SPLITS.inc(out_of_memory)
             half = len(batch) // 2
-            self._run(batch[:half], release, again=again)
-            self._run(batch[half:], release, again=again)
+            self.run(batch[:half], release)
+            self.run(batch[half:], release)
         elif out_of_memory and again:
-            self._run(batch, release, again=False)
+            self.run(batch, release, again=False)
         else:
             self.last_failed = True
             release(batch)

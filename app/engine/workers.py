@@ -61,18 +61,19 @@ class Worker:
         self.lost = False
         """Dead, and not started again."""
         self.stuck = False
+        self.since = 0.0
+        """When it took its last batch, time.monotonic()."""
         self._held: dict[int, Job] = {}
-        self._since = 0.0
         self._lock = threading.Lock()
 
     def took(self, batch: Sequence[Job], now: float) -> None:
         with self._lock:
-            self._held, self._since = {id(job): job for job in batch}, now
+            self._held, self.since = {id(job): job for job in batch}, now
 
     def overdue(self, seconds: float, now: float) -> list[Job]:
         """Everything it held, if it has held it for longer; it is stuck from then on."""
         with self._lock:
-            if not self._held or now - self._since <= seconds:
+            if not self._held or now - self.since <= seconds:
                 return []
             self.stuck = True
             jobs, self._held = list(self._held.values()), {}
@@ -88,11 +89,6 @@ class Worker:
         """Those of `jobs` it still held; it no longer does."""
         with self._lock:
             return [job for job in jobs if self._held.pop(id(job), None) is not None]
-
-    @property
-    def since(self) -> float:
-        """When it took its last batch, time.monotonic()."""
-        return self._since
 
 
 class Crew:
