@@ -54,8 +54,3 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("last_version", sa.Integer, nullable=False),
     )
-
-
-def downgrade() -> None:
-    for table in ("names", "versions", "payloads"):
-        op.drop_table(table)

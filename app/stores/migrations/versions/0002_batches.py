@@ -60,8 +60,3 @@ def upgrade() -> None:
         sa.Column("bytes", sa.Integer, nullable=False),
         sa.Column("data", sa.LargeBinary, nullable=False),
     )
-
-
-def downgrade() -> None:
-    for table in ("batch_lines", "batches", "file_chunks", "files"):
-        op.drop_table(table)
