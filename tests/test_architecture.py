@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "token_ids": set(),
     "tokenizer_threads": set(),
     "models": {"models", "domain", "errors", "machine", "tokenization"},
-    "engine": {"engine", "domain", "errors", "telemetry", "models.base"},
+    "engine": {"engine", "domain", "errors", "telemetry", "models.base", "models.device"},
     "stores": {"stores", "domain", "errors", "payloads", "telemetry"},
     "context_refs": {"domain", "errors"},
     "registry": {"domain", "errors", "models.base", "tokenization"},

@@ -21,8 +21,8 @@ from app.bench.compute import FIRST_STAGE, FROZEN, MIXED, REFERENCE, Run, differ
 from app.bench.models import Checkpoint, load_checkpoint, random_texts
 from app.bench.reference import Reference
 from app.domain import DATASET_EMBEDDINGS
-from app.models.base import settle_cuda
 from app.models.contextual import ContextualModel, Semantics
+from app.models.device import settle_cuda
 from app.models.loading import LoadOptions
 from app.models.tuning import fastest
 

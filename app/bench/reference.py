@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from app.bench.models import Checkpoint
 from app.domain import TokenizedText
 from app.errors import ConfigError
-from app.models.base import pad
+from app.models.device import pad
 
 NOMIC_NAMES = {
     "emb_ln": "embeddings.LayerNorm",

@@ -3,7 +3,7 @@
 import torch
 
 from app.errors import OutOfDeviceMemory, ServerFault
-from app.models.base import is_out_of_memory
+from app.models.device import is_out_of_memory
 
 LOST = (
     "device-side assert triggered",

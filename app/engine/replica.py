@@ -22,7 +22,8 @@ from app.engine import metrics
 from app.engine.batching import Job
 from app.engine.faults import device_fault, failure
 from app.errors import NonFiniteEmbedding
-from app.models.base import DeviceContext, TwoStageModel, fetch, is_out_of_memory
+from app.models.base import DeviceContext, TwoStageModel
+from app.models.device import fetch, is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -77,3 +77,10 @@ def load_weights(module: nn.Module, path: Path, *, device: torch.device, skip: S
 def _mapped_together(key: str) -> str:
     match = MAPPED_TOGETHER.match(key)
     return match[0] if match else ""
+
+
+def unset_embedding(rows: int, size: int) -> nn.Embedding:
+    """(rows, size), for weights that are loaded. On the meta device torch's own initialising imports torch._dynamo:
+    several seconds of each start, for values that nobody sees."""
+    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)  # type: ignore[no-untyped-call]
+    return made

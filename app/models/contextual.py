@@ -13,7 +13,8 @@ from torch import Tensor
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
 from app.models.attention import Entered
-from app.models.base import DeviceContext, InvalidContext, to_device
+from app.models.base import DeviceContext, InvalidContext
+from app.models.device import to_device
 from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
 from app.models.kernels import Kernels
 from app.models.layout import Layout, fill, means, packed

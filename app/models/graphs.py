@@ -21,7 +21,8 @@ from torch import Tensor
 
 from app.domain import InputType, TokenizedText
 from app.models.attention import Entered
-from app.models.base import DeviceContext, is_out_of_memory, pinned
+from app.models.base import DeviceContext
+from app.models.device import is_out_of_memory, pinned
 from app.models.layout import mean_weights
 
 log = logging.getLogger(__name__)

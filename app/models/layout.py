@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from app.models.base import to_device
+from app.models.device import to_device
 
 
 @dataclass(frozen=True, slots=True)

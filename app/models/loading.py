@@ -10,10 +10,11 @@ import torch
 
 from app.domain import InputType, ModelSpec
 from app.errors import CheckpointError
-from app.models.base import TwoStageModel, settle_cuda
+from app.models.base import TwoStageModel
 from app.models.checkpoint import load_weights, revision_of, sha256
 from app.models.configuration import Backbone, backbone_of, read_json, tokenizer_path
 from app.models.contextual import ContextualModel, Semantics
+from app.models.device import settle_cuda
 from app.models.files import WEIGHTS, CheckpointFiles, check_name, locate
 from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels, Precision

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.domain import DATASET_EMBEDDINGS, Arrays, InputType, ModelSpec, TokenizedText
-from app.models.base import DeviceContext, InvalidContext, pad, to_device, unset_embedding
+from app.models.base import DeviceContext, InvalidContext
+from app.models.checkpoint import unset_embedding
+from app.models.device import pad, to_device
 
 TOKEN_WEIGHTS = "token_weights"  # noqa: S105 - not a password
 FLOOR, TEMPERATURE, PULL, SAME_TEXT = 0.3, 0.08, 0.25, 0.999

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from app.models.attention import Attention, Projected
-from app.models.base import unset_embedding
+from app.models.checkpoint import unset_embedding
 from app.models.kernels import Dense, Kernels
 from app.models.layout import Layout
 from app.models.pointwise import Norm, Normed, Sum, gated, onto
