@@ -37,8 +37,8 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A context before its first stage. `id`: by what it is chosen from while that is more than what is chosen.
-    `documents`: of `tokens`; None: their texts are not kept."""
+    """A context before its first stage. `id`: of the chosen documents; of the candidates while `diverse` has to choose.
+    `documents`: the texts of `tokens`; None where they are not kept."""
 
     id: str
     documents: Sequence[str] | None

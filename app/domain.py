@@ -96,7 +96,7 @@ class ModelSpec:
 
     @property
     def max_characters(self) -> int:
-        """What has to be kept of a text: as far as it is read, and one that says there was more."""
+        """How much of a text to keep: all that is read of it, and one more, by which a longer one is known."""
         return self.max_length * CHARACTERS_PER_TOKEN + 1
 
     def fingerprint(self, context_id: str, dimensions: int, *, normalized: bool) -> str:

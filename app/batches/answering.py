@@ -14,7 +14,7 @@ from app.telemetry.requests import RequestRecord, current
 
 LONGEST_WAIT = 5.0
 ATTEMPTS = 5
-"""At a line that the device has no room for. What is full, down or being built is waited for."""
+"""At a line for which the device has no memory. What is full, down or being built is waited for without end."""
 
 
 class Answers(Protocol):

@@ -22,14 +22,14 @@ Task = asyncio.Task[LineResult | None]
 
 BEAT_SECONDS = 2.0
 STORE_SECONDS = 1.0
-"""An answer is stored at the latest so long behind the one before it."""
+"""An answer waits at most so long for others, to be stored with them."""
 DEADLY = 3
-"""A line during which, run alone, the process ended so often is given up."""
+"""A line is given up when the process has ended so often while it ran alone."""
 ENDED = "The server ended unexpectedly each time it computed this line."
 TURN_SECONDS = 600.0
-"""A batch gives way to one of a namespace that has two fewer running, and behind so long to one that has fewer."""
+"""A batch gives way to a namespace that has at least two fewer running; after so long, to one that has any fewer."""
 LAST_SECONDS = 30.0
-"""The lines it is at then have so long."""
+"""What lines under way then have to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +194,8 @@ class BatchWork:
 
 
 async def _some(running: set[Task]) -> tuple[set[Task], set[Task]]:
-    """Those that are done when half of them are, or a second behind the first one, and the others. None, where none is
-    within a second."""
+    """The tasks that are done, and the others: as soon as half are done, or a second after the first one was. None done
+    where none is within a second."""
     done, rest = await asyncio.wait(running, timeout=STORE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     end = time.monotonic() + STORE_SECONDS
     while done and rest and len(done) < len(rest) and (left := end - time.monotonic()) > 0:

@@ -11,14 +11,14 @@ from app.errors import DeadlineExceeded, QueueFull, TooManyTokens
 FIRST_GUESS = 2_000.0
 """Tokens as computed a second and worker, before anything was measured; only Retry-After depends on it."""
 FORGETTING = 0.2
+"""Weight of the newest batch in the averages."""
 BULK_SHARE = 0.9
-"""Of the queue; the rest is for few texts."""
+"""Of the queue, what bulk requests may fill; the rest is kept for requests of few texts."""
 CLIENT_SHARE = 0.75
-"""Of the room that others leave, what one client may hold, so that there is always some for one that holds nothing (as
-the dynamic thresholds of shared-memory switches, Choudhury and Hahne, 1998): of n clients that ask for more, each has
-3 parts of 3 n + 1."""
+"""Of the room that others leave, what one client may hold, so that a newcomer always finds some (dynamic thresholds,
+Choudhury and Hahne, 1998). Of n clients that ask for more than there is, each comes to hold 3 / (3 n + 1) of it."""
 HOPELESS = 2.0
-"""An estimate that is over the deadline by this factor is believed."""
+"""A request is refused where its estimated time is this many times what its deadline leaves: estimates are rough."""
 
 
 class Admission:
@@ -41,7 +41,7 @@ class Admission:
         return self._workers * self._tokens / self._seconds
 
     def took(self, batch: Sequence[Job]) -> None:
-        """It begins to run."""
+        """`batch` begins to run."""
         self.running_tokens += sum(job.cost for job in batch)
 
     def measure(self, tokens: int, seconds: float) -> None:
@@ -80,7 +80,8 @@ class Admission:
             )
 
     def _over(self, lane: Lane, cost: int, client: str) -> float:
-        """Tokens that have to go before so many further ones of a client may wait; where nothing waits, none."""
+        """By how many tokens `cost` more of this client would go beyond its room; 0 or less: they fit. An empty queue
+        takes any request."""
         held, room = self._room(lane)
         if not held:
             return 0
@@ -91,15 +92,15 @@ class Admission:
         return own + cost - CLIENT_SHARE * (room - (held - own))
 
     def _room(self, lane: Lane) -> tuple[int, float]:
-        """Tokens that take up the room a newcomer needs, and that room."""
+        """Tokens that are held of the room this lane has a part in, and how many that room takes."""
         if lane is Lane.BACKGROUND:  # its queue is its own
             return self._waiting.tokens(lane), self._queue_tokens
         awaited = self._waiting.tokens(Lane.INTERACTIVE, Lane.BULK) + self.running_tokens
         return awaited, self._queue_tokens * (BULK_SHARE if lane is Lane.BULK else 1.0)
 
     def _until_run(self, lane: Lane, tokens: int, now: float) -> float:
-        """Until so many tokens of a lane have run, behind what runs now. What comes later to a faster lane is not
-        known, the background waits however long it takes, and of what was never measured nothing is said."""
+        """Seconds until `tokens` of this lane have run, after what runs now. Later arrivals in faster lanes are not
+        foreseen. 0 for the background, which waits as long as it takes, and before anything was measured."""
         if lane is Lane.BACKGROUND or not self._measured:
             return 0.0
         tokens += self.running_tokens

@@ -44,6 +44,7 @@ class Submission:
     """Its jobs in the queue are dead: nobody waits for them."""
 
     def fill(self, index: int, row: FloatArray) -> None:
+        """The vector (hidden_size,) of text `index`; the last one to come completes the future."""
         self.rows[index] = row
         with self.lock:
             self.left -= 1
@@ -99,7 +100,8 @@ def packed(jobs: Sequence[Job], budget: int) -> list[Job]:
 def joined(
     batch: Sequence[Job], others: Sequence[Job], budget: int, fits: Callable[[Job], bool] = lambda _: True
 ) -> list[Job]:
-    """`batch` and those of `others` that fit beside it, nearest in length to its first job first."""
+    """`batch` and those of `others` that fit beside it, nearest in length to its first job first, up to the first one
+    that is too much, or that `fits` refuses."""
     head, longest, batch = batch[0], max(job.cost for job in batch), list(batch)
     for job in sorted(others, key=lambda job: abs(job.cost - head.cost)):
         if max(longest, job.cost) * (len(batch) + 1) > budget or not fits(job):

@@ -157,7 +157,7 @@ class Engine:
                 self._changed.wait()
 
     def release(self, jobs: Sequence[Job]) -> None:
-        """For a worker, before anybody hears of it: who has an answer finds the room it took free."""
+        """For a worker, before it answers jobs: whoever has an answer finds the room it took free again."""
         with self._changed:
             self._admission.running_tokens -= sum(job.cost for job in jobs)
             self.show()
@@ -168,7 +168,7 @@ class Engine:
             self._admission.measure(tokens, seconds)
 
     def fail_waiting(self, error: Exception) -> None:
-        """Everything in the queue."""
+        """Fails everything in the queue."""
         with self._changed:
             left = self._waiting.drain()
             self.show()
@@ -176,7 +176,7 @@ class Engine:
             job.submission.fail(error)
 
     def show(self) -> None:
-        """To Prometheus."""
+        """Sets the queue's gauges."""
         with self._changed:
             metrics.show_queue(self._waiting, self._admission.running_tokens, time.monotonic())
 

@@ -16,7 +16,7 @@ from itertools import count
 from app.engine.batching import Job
 
 LOOK_AHEAD = 4
-"""Batches among whose jobs one batch is chosen: more find nearer lengths, and keep the others waiting for longer."""
+"""One batch is chosen among the jobs of this many: more give nearer lengths, but let the others wait for longer."""
 SLACK = 64
 """Dead jobs a client's heap may hold beside as many as live ones; likewise clients that have gone."""
 
@@ -30,7 +30,7 @@ class ClientQueue:
 
     def __init__(self, served: float) -> None:
         self.served = served
-        """Tokens it has had, on the scale of all clients' that wait beside it."""
+        """Tokens it has had, in the group's virtual time: who comes begins at the present, not at 0."""
         self.jobs = 0
         self._heap: list[_Tagged] = []
 
@@ -81,8 +81,8 @@ class GroupQueue:
     def __init__(self, arrivals: "count[int]") -> None:
         self._clients: dict[str, ClientQueue] = {}
         self._gone: dict[str, float] = {}
-        """Clients with nothing left that are ahead of virtual time, and what they have had: who sends one text at a
-        time is to have no more of the device than the others."""
+        """`served` of clients with nothing left that are ahead of virtual time: one that sends a text at a time must
+        not begin at the present with each."""
         self._virtual = 0.0
         self._arrivals = arrivals
 

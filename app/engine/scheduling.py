@@ -60,13 +60,13 @@ class LaneQueue:
         return self._clients[client]
 
     def ahead(self, client: str, cost: int) -> int:
-        """Tokens that run before `cost` further ones of a client are through, these left out: what it has here, and of
-        every other client as much, if it has so much."""
+        """Tokens of others, and of this client's own before, that run until `cost` more of its tokens are through: with
+        equal shares, of every other client no more than of this one."""
         own = self._clients[client]
         return own + sum(min(tokens, own + cost) for name, tokens in self._clients.items() if name != client)
 
     def ahead_if_others_go_on(self, client: str) -> int:
-        """The same of clients that always have something here, as they do where more is asked for than computed."""
+        """Tokens that run before this client's next one if all keep sending: of each client as many as of this one."""
         return self._clients[client] * len(self._clients)
 
     def add(self, jobs: Sequence[Job]) -> None:

@@ -23,7 +23,7 @@ from app.errors import EngineUnavailable
 log = logging.getLogger(__name__)
 
 RESTARTS, RESTART_SECONDS = 3, 600.0
-"""So many deaths of workers within so long are mended; the next one ends the process."""
+"""Up to so many deaths in so many seconds, workers are started again; one more ends the process."""
 TICK_SECONDS = 0.5
 STOPPED = "The device worker stopped while it computed this. Please send the request again."
 STUCK = "The device has not answered for too long. Please send the request again."
@@ -38,7 +38,7 @@ class Problem(StrEnum):
 
 
 class Desk(Protocol):
-    """What workers have of the engine."""
+    """What workers need of the engine."""
 
     def next_batch(self, worker: "Worker") -> list[Job]: ...
 
@@ -52,7 +52,7 @@ class Desk(Protocol):
 
 
 class Worker:
-    """One place at a device, and whoever works there now."""
+    """A device thread, which is replaced when it dies, and the jobs it has and has not answered."""
 
     def __init__(self, number: int, replica: Replica) -> None:
         self.number = number
@@ -71,7 +71,7 @@ class Worker:
             self._held, self.since = {id(job): job for job in batch}, now
 
     def overdue(self, seconds: float, now: float) -> list[Job]:
-        """Everything it held, if it has held it for longer; it is stuck from then on."""
+        """Its jobs, taken from it, if it has held them for longer than `seconds`; it is stuck from then on."""
         with self._lock:
             if not self._held or now - self.since <= seconds:
                 return []
@@ -80,13 +80,13 @@ class Worker:
             return jobs
 
     def gave_all(self) -> list[Job]:
-        """Everything it held."""
+        """Its jobs, taken from it."""
         with self._lock:
             jobs, self._held = list(self._held.values()), {}
         return jobs
 
     def gave(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those of `jobs` it still held; it no longer does."""
+        """Those of `jobs` that were still its own, taken from it."""
         with self._lock:
             return [job for job in jobs if self._held.pop(id(job), None) is not None]
 

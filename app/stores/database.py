@@ -28,10 +28,10 @@ POSTGRESQL = "postgresql+psycopg"
 MIGRATION_LOCK = 4_201_002_525
 """PostgreSQL's advisory lock for the migrations: processes that start together run them one after the other."""
 ATTEMPTS = 8
-"""Two writers that get in each other's way: one of them starts over."""
+"""Of a write: one of two writers that get in each other's way starts over."""
 PAUSE_SECONDS = 0.02
 POOL_SECONDS = 5
-"""Connections are enough for all of the store's threads, and for some downloads beside them."""
+"""To wait for a connection: there are enough for all of the store's threads, and for some downloads beside them."""
 CONFLICTS = ("40001", "40P01")
 """SQLSTATE: serialisation failure, deadlock."""
 
