@@ -1,7 +1,10 @@
-"""What the routes take from the app: the services, typed, and whether requests can be answered at all."""
+"""What the routes take from the app: the services, typed, and whether requests can be answered at all.
+
+All are async, though none waits: FastAPI would run any other one in a thread, at every request.
+"""
 
 import time
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Header, Query, Request
 
@@ -38,43 +41,22 @@ async def admitted(request: Request) -> None:
     lifecycle(request).check_admitted()
 
 
-def _settings(request: Request) -> Settings:
-    found: Settings = request.app.state.settings
-    return found
+def _state(name: str) -> Any:
+    """What is there under this name since the application was made, or has started."""
+
+    async def found(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return Depends(found)
 
 
-def _registry(request: Request) -> Registry:
-    found: Registry = request.app.state.registry
-    return found
-
-
-def _contexts(request: Request) -> Contexts:
-    found: Contexts = request.app.state.contexts
-    return found
-
-
-def _catalog(request: Request) -> Catalog:
-    found: Catalog = request.app.state.catalog
-    return found
-
-
-def _batches(request: Request) -> Batches:
-    found: Batches = request.app.state.batches
-    return found
-
-
-def _service(request: Request) -> EmbeddingService:
-    found: EmbeddingService = request.app.state.service
-    return found
-
-
-def _namespace(request: Request) -> str:
+async def _namespace(request: Request) -> str:
     """Of the caller's key; routes depend on a key first."""
     found: str = getattr(request.state, "namespace", SHARED)
     return found
 
 
-def _caller(
+async def _caller(
     request: Request,
     *,
     x_timeout_ms: Annotated[
@@ -89,12 +71,12 @@ def _caller(
     return Caller(client, time.monotonic() + seconds)
 
 
-SettingsOf = Annotated[Settings, Depends(_settings)]
-RegistryOf = Annotated[Registry, Depends(_registry)]
-ContextsOf = Annotated[Contexts, Depends(_contexts)]
-BatchesOf = Annotated[Batches, Depends(_batches)]
-CatalogOf = Annotated[Catalog, Depends(_catalog)]
-Embedder = Annotated[EmbeddingService, Depends(_service)]
+SettingsOf = Annotated[Settings, _state("settings")]
+RegistryOf = Annotated[Registry, _state("registry")]
+ContextsOf = Annotated[Contexts, _state("contexts")]
+BatchesOf = Annotated[Batches, _state("batches")]
+CatalogOf = Annotated[Catalog, _state("catalog")]
+Embedder = Annotated[EmbeddingService, _state("service")]
 Namespace = Annotated[str, Depends(_namespace)]
 """Declare it behind the route's key: dependencies are resolved in order."""
 CallerOf = Annotated[Caller, Depends(_caller)]
@@ -103,14 +85,14 @@ CallerOf = Annotated[Caller, Depends(_caller)]
 ModelQuery = Annotated[str | None, Query(description="Whose context; absent: the default model's")]
 
 
-def _of_query(registry: RegistryOf, model: ModelQuery = None) -> ServedModel:
+async def _of_query(registry: RegistryOf, model: ModelQuery = None) -> ServedModel:
     return registry.get(model) if model else registry.default
 
 
 ModelOf = Annotated[ServedModel, Depends(_of_query)]
 
 
-def _space(served: ModelOf, namespace: Namespace) -> Space:
+async def _space(served: ModelOf, namespace: Namespace) -> Space:
     return Space(served.id, namespace)
 
 
