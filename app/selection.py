@@ -73,6 +73,10 @@ class Minicorpus:
         self._held.add(priority)
         self._text_bytes += sys.getsizeof(kept[2])
 
+    def add_all(self, documents: Iterable[str]) -> None:
+        for document in documents:
+            self.add(document)
+
     @property
     def memory(self) -> int:
         """Bytes, about: the texts it holds, and what it remembers of all others."""
@@ -94,8 +98,7 @@ def select(
     documents: Iterable[str], selection: Selection, size: int, *, max_characters: int | None = None
 ) -> Minicorpus:
     minicorpus = Minicorpus(selection, size, max_characters=max_characters)
-    for document in documents:
-        minicorpus.add(document)
+    minicorpus.add_all(documents)
     return minicorpus
 
 

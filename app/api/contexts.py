@@ -66,7 +66,7 @@ async def create_context(
     served = model_named(registry, body.model, model)
     minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
     check_name(body.name)
-    await asyncio.to_thread(_add_all, minicorpus, body.documents)
+    await asyncio.to_thread(minicorpus.add_all, body.documents)
     creation = Creation(body.name, body.metadata, namespace, wait)
     return await _created(catalog, served, creation, minicorpus, dry_run=body.dry_run)
 
@@ -98,11 +98,6 @@ def _stored(info: ContextInfo, created: bool) -> Response:
         headers = {"Location": f"/v1/contexts/{named}", "Retry-After": "2"}
         return ORJSONResponse(context_body(info), status_code=202, headers=headers)
     return ORJSONResponse(context_body(info), status_code=201 if created else 200)
-
-
-def _add_all(minicorpus: Minicorpus, documents: list[str]) -> None:
-    for document in documents:
-        minicorpus.add(document)
 
 
 def _document(number: int, line: bytes) -> str:
