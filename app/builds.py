@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from app.building import ContextBuilder, Outcome, Plan
 from app.domain import Caller, ContextInfo, ContextRef, ContextStatus
@@ -105,10 +105,10 @@ class Builds:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _carry_through(self, served: ServedModel, info: ContextInfo, plan: Plan, builder: str) -> ContextInfo:
-        done = [0]
-        beating = asyncio.create_task(self._beat(info, builder, done))
+        progress = _Progress()
+        beating = asyncio.create_task(self._beat(info, builder, progress))
         try:
-            outcome = await self._outcome(served, info, plan, done)
+            outcome = await self._outcome(served, info, plan, progress)
             built = Built(outcome.id, outcome.arrays, outcome.selection, outcome.counts, outcome.documents)
             completed = await self._stored(info, built)
             if completed is None:
@@ -134,7 +134,7 @@ class Builds:
                 log.info("context %s.%d is built and waits for the store (%s)", info.name, info.version, error.kind)
                 await asyncio.sleep(max(TRY_SECONDS, error.retry_after))
 
-    async def _outcome(self, served: ServedModel, info: ContextInfo, plan: Plan, done: list[int]) -> Outcome:
+    async def _outcome(self, served: ServedModel, info: ContextInfo, plan: Plan, progress: "_Progress") -> Outcome:
         """From the store where another name of this namespace has it."""
         if plan.is_chosen:
             with suppress(StoreError):  # it is built, then
@@ -143,18 +143,14 @@ class Builds:
                     arrays = await self._threads.read(self._store.arrays, same.id)
                     if arrays is not None:
                         return Outcome(plan.id, arrays, plan.documents, plan.selection, plan.counts)
-
-        def progress(documents: int) -> None:
-            done[0] = documents
-
         caller = Caller(f"namespace {info.space.namespace}", background=True)
-        return await self._builder.build(served, plan, progress, caller, namespace=info.space.namespace)
+        return await self._builder.build(served, plan, progress.tell, caller, namespace=info.space.namespace)
 
-    async def _beat(self, info: ContextInfo, builder: str, done: list[int]) -> None:
+    async def _beat(self, info: ContextInfo, builder: str, progress: "_Progress") -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with suppress(StoreError):  # the store has said so in the log
-                await self._threads.write(self._store.beat, info, builder, done[0])
+                await self._threads.write(self._store.beat, info, builder, progress.documents)
 
     def _leave(self, namespace: str) -> None:
         self._unfinished -= Counter([namespace])  # which forgets who has none
@@ -169,6 +165,16 @@ class Builds:
         if error is not None:
             shown = None if isinstance(error, ServiceError) and not isinstance(error, ServerFault) else error
             log.error("context %s.%d failed: %s", info.name, info.version, type(error).__name__, exc_info=shown)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Documents of a build that are through the first stage."""
+
+    documents: int = 0
+
+    def tell(self, documents: int) -> None:
+        self.documents = documents
 
 
 def _key(info: ContextInfo) -> tuple[object, ...]:
