@@ -242,17 +242,21 @@ def test_contexts_are_loaded_once_while_they_fit(engine: Engine, model: StubMode
     assert len(loads) == 1
 
 
-def test_workers_share_the_queue_and_answer_all() -> None:
-    """Three are held in a batch at once; what is asked meanwhile is answered in order under its own context."""
-    together = threading.Barrier(3)
-    met = threading.local()
+def meeting_of(workers: int) -> Callable[[Sequence[TokenizedText]], None]:
+    """Holds each worker in its first batch until so many are in theirs."""
+    together, met = threading.Barrier(workers), threading.local()
 
     def meet(_: Sequence[TokenizedText]) -> None:
-        if not hasattr(met, "once"):  # a worker's first batch
+        if not hasattr(met, "once"):
             met.once = True
             together.wait(20)
 
-    model = StubModel(meet)
+    return meet
+
+
+def test_workers_share_the_queue_and_answer_all() -> None:
+    """Three are held in a batch at once; what is asked meanwhile is answered in order under its own context."""
+    model = StubModel(meeting_of(3))
     engine = engine_of(model, workers=3)
     held = [engine.submit("stub", Stage.SECOND, [text(500)] * 90, context(1.0)) for _ in range(3)]
     asked = {i: engine.submit("stub", Stage.SECOND, [text(i), text(i, i)], context(float(i))) for i in range(1, 100)}
@@ -268,14 +272,7 @@ def test_workers_share_the_queue_and_answer_all() -> None:
 
 def test_each_device_has_its_models_and_contexts() -> None:
     """A worker a device: none computes with another one's weights or context."""
-    together = threading.Barrier(2)
-    met = threading.local()
-
-    def meet(_: Sequence[TokenizedText]) -> None:
-        if not hasattr(met, "once"):
-            met.once = True
-            together.wait(20)
-
+    meet = meeting_of(2)
     models = [StubModel(meet), StubModel(meet)]
     loads: list[list[int]] = [[], []]
     for mine, model in zip(loads, models, strict=True):
