@@ -1,13 +1,12 @@
 """The context a request runs under: from the store by any of its names, or from documents sent along."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from cachetools import LRUCache
 
-from app.building import ContextBuilder
+from app.building import ContextBuilder, Plan
 from app.domain import (
     DEFAULT_CONTEXT,
     SHARED,
@@ -27,14 +26,6 @@ from app.stores.base import ContextStore
 from app.stores.errors import PayloadDamaged
 from app.stores.threads import StoreThreads
 from app.telemetry.metrics import CONTEXT_EVICTIONS, CONTEXT_USES, CONTEXTS_RESIDENT, CONTEXTS_RESIDENT_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class InlineContext:
-    """A context sent with a request: its id at once, its arrays when `load` is awaited."""
-
-    id: str
-    load: Callable[[], Awaitable[Payload]]
 
 
 class Contexts:
@@ -127,28 +118,26 @@ class Contexts:
             CONTEXT_USES.labels(source).inc()
         return payload
 
-    async def inline(
-        self, served: ServedModel, documents: Sequence[str], caller: Caller, namespace: str
-    ) -> InlineContext:
-        """Documents sent with a request; they go through the first stage once and are then kept by content."""
+    async def plan_inline(self, served: ServedModel, documents: Sequence[str], caller: Caller) -> Plan:
+        """Of documents sent with a request; for `inline`. Raises InvalidRequest where none of them has text."""
         spec = served.spec
         minicorpus = await asyncio.to_thread(
             select, documents, Selection(), spec.corpus_size, max_characters=spec.max_characters
         )
-        plan = await self._builder.plan(served, minicorpus, param="context", client=caller.client)
+        return await self._builder.plan(served, minicorpus, param="context", client=caller.client)
 
-        async def load() -> Payload:
-            # By model too: one that is served in two precisions has two first stages.
-            key = f"{served.id} {key_of(namespace, plan.id)}"
-            payload = self._payloads.get(key)
-            source = "resident" if payload else "built"
-            if payload is None:
-                outcome = await self._builder.build(served, plan, namespace=namespace, caller=caller)
-                payload = self.keep(Payload(key_of(namespace, outcome.id), outcome.arrays), key)
-            CONTEXT_USES.labels(source).inc()
-            return payload
-
-        return InlineContext(plan.id, load)
+    async def inline(self, served: ServedModel, plan: Plan, caller: Caller, namespace: str) -> Payload:
+        """The context of documents sent with a request; they go through the first stage once and are then kept by
+        content. Raises what ContextBuilder.build raises."""
+        # By model too: one that is served in two precisions has two first stages.
+        key = f"{served.id} {key_of(namespace, plan.id)}"
+        payload = self._payloads.get(key)
+        source = "resident" if payload else "built"
+        if payload is None:
+            outcome = await self._builder.build(served, plan, namespace=namespace, caller=caller)
+            payload = self.keep(Payload(key_of(namespace, outcome.id), outcome.arrays), key)
+        CONTEXT_USES.labels(source).inc()
+        return payload
 
     def forget(self, space: Space, *, name: str | None = None, context_id: str | None = None) -> None:
         """A name may point elsewhere from now on, or a content be gone."""

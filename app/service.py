@@ -3,12 +3,13 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.building import Plan
 from app.context_refs import parse_ref
 from app.contexts import Contexts
-from app.domain import DEFAULT_CONTEXT, ContextInfo, Embeddings, InputType, Payload, TokenizedText
+from app.domain import DEFAULT_CONTEXT, Embeddings, InputType, Payload, TokenizedText
 from app.embed_request import EmbedRequest, agreed, dimensions_of, input_type_of, quoted
 from app.errors import (
     ContextModelMismatch,
@@ -45,20 +46,13 @@ class EmbedPolicy:
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """A context: its id now, its arrays when they are needed."""
+    """A context: its id, and its arrays, or the plan to make them of documents that were sent along."""
 
     id: str
-    load: Callable[[], Awaitable[Payload]]
-    name: str | None
+    source: Payload | Plan
+    name: str | None = None
     fell_back: bool = False
     stale: bool = False
-
-    @classmethod
-    def stored(cls, info: ContextInfo, payload: Payload, *, fell_back: bool = False) -> "_Resolved":
-        async def load() -> Payload:
-            return payload
-
-        return cls(info.id, load, info.name, fell_back, info.stale)
 
 
 class EmbeddingService:
@@ -115,7 +109,9 @@ class EmbeddingService:
                 param="x-expect-fingerprint",
             )
         with part("context"):
-            payload = await context.load()
+            payload = context.source
+            if isinstance(payload, Plan):
+                payload = await self._contexts.inline(served, payload, request.caller, request.namespace)
         with part("compute"):
             raw = await self._vectors.embed(served, tokens, payload, request.caller, request.namespace)
         embeddings = Embeddings(
@@ -180,10 +176,8 @@ class EmbeddingService:
                     f"Documents came in 'context', and {quoted(sources)} names a stored context. Send one of them.",
                     param="context",
                 )
-            inline = await self._contexts.inline(
-                choice.served, request.inline_documents, request.caller, request.namespace
-            )
-            return _Resolved(inline.id, inline.load, None)
+            plan = await self._contexts.plan_inline(choice.served, request.inline_documents, request.caller)
+            return _Resolved(plan.id, plan)
         text = agreed("context", sources)
         if text is None:
             return await self._fallback(choice.served, request.namespace)
@@ -194,7 +188,7 @@ class EmbeddingService:
             if "model" in sources:  # the model name as a whole names nothing
                 raise ContextNotFound(error.message, param="model") from error
             raise
-        return _Resolved.stored(info, payload)
+        return _Resolved(info.id, payload, info.name, stale=info.stale)
 
     async def _fallback(self, served: ServedModel, namespace: str) -> _Resolved:
         name = self._policy.default_context
@@ -211,4 +205,4 @@ class EmbeddingService:
                 f"There is no default context '{name}' for {served.id} yet. Name a context, or create '{name}'.",
                 param="context",
             ) from error
-        return _Resolved.stored(info, payload, fell_back=name == DEFAULT_CONTEXT)
+        return _Resolved(info.id, payload, info.name, fell_back=name == DEFAULT_CONTEXT, stale=info.stale)

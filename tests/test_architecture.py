@@ -73,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "vector_cache": {"domain", "engine", "errors", "registry", "telemetry"},
     "embed_request": {"domain", "errors", "registry"},
     "service": {
+        "building",
         "embed_request",
         "context_refs",
         "contexts",
