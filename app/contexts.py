@@ -153,7 +153,7 @@ class Contexts:
             )
 
     def keep(self, payload: Payload, key: str | None = None) -> Payload:
-        """In memory, while there is room; by its own key, or another one."""
+        """Keeps it in memory while there is room, under its own key or another one."""
         if self._payloads.getsizeof(payload) <= self._payloads.maxsize:
             self._payloads[key or payload.key] = payload
             CONTEXTS_RESIDENT.set(len(self._payloads))
@@ -170,8 +170,8 @@ class _Resident(LRUCache[str, Payload]):
 
 
 def key_of(namespace: str, context_id: str) -> str:
-    """Of a payload: each namespace has its own, in memory and on the devices, so that none of them sees by the time
-    that an answer takes what another one holds."""
+    """Of a payload. Namespaces share none, neither in memory nor on devices: the time that an answer takes would tell
+    one what another one holds."""
     return f"{namespace} {context_id}"
 
 

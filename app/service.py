@@ -143,7 +143,7 @@ class EmbeddingService:
             pieces = tokenizer.ids_in_pieces(ids, input_type, truncate=cut)
         else:
             if texts is None:
-                # Clients that cut their requests by tokens count those that they send.
+                # Clients that cut their requests by tokens count cl100k_base's; the model's own may be more.
                 most = math.inf if sum(map(len, ids)) <= most else most
                 texts = await self._decoded(ids)
             size = sum(map(len, texts))

@@ -16,8 +16,8 @@ THREADS = 2
 
 
 class TokenizerThreads:
-    """Much is tokenized by turns: clients have one request each under way, which gives its thread up after each piece.
-    What nobody waits for any more ends behind its piece. For one event loop; the threads end with the object."""
+    """Large requests take turns: each client has one under way, which gives its thread up after every piece, and goes
+    no further once nobody waits for it. For one event loop; the threads end with the object."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(THREADS, "tokenize")

@@ -6,10 +6,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 RESOURCES = ("embeddings", "models", "contexts", "files", "batches")
 """Under /v1."""
-
-
 EXACT = "/metrics"
-"""Whoever refuses it to the public does so by this name."""
+"""Not trimmed: a gateway that hides it from the public hides this path, and no other."""
 
 
 class Trimmed:

@@ -74,16 +74,16 @@ class SqlBatchStore:
         return self._database.write(work)
 
     def claim(self, owner: str) -> Claim | None:
-        """An unfinished batch that nobody else alive runs: the oldest one of the namespaces of which fewest are run,
-        and of those the one that has not been run for longest."""
+        """An unfinished batch that no living process runs: the oldest of the first namespace in claiming.order. None:
+        there is none."""
         with self._database.reading() as connection:
             order = claiming.order(connection, owner)
         row = self._database.write(lambda connection: claiming.take(connection, order, owner)) if order else None
         return None if row is None else Claim(_info(row), orphaned=row["owner"] not in (None, owner))
 
     def is_crowded(self, owner: str, namespace: str, *, by: int) -> bool:
-        """Whether a batch waits of a namespace of which fewer are run than of this one, whose batch `owner` runs: fewer
-        by at least `by`."""
+        """Whether another namespace has a batch that waits, and at least `by` fewer that run than this one, whose batch
+        `owner` runs."""
         with self._database.reading() as connection:
             return claiming.is_crowded(connection, owner, namespace, by)
 
@@ -103,7 +103,7 @@ class SqlBatchStore:
         self._database.write(lambda connection: connection.execute(query))
 
     def try_alone(self, batch_id: str, owner: str, number: int) -> int:
-        """The owner runs this line now and no other one: for the how manieth time in a row."""
+        """The owner is about to run this line and no other; how often that was so in a row, this time counted."""
 
         def work(connection: Connection) -> int:
             row = _owned(connection, batch_id, owner)

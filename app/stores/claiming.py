@@ -22,7 +22,7 @@ class Waiting:
 
 
 def order(connection: Connection, owner: str) -> Sequence[Waiting]:
-    """Of the namespaces of which fewest are run first the one that has not been run for longest."""
+    """Namespaces that wait, in their order: those of which fewest batches run, then the one that ran longest ago."""
     found = _waiting(connection, owner, _running(connection, owner))
     return sorted(found, key=lambda waiting: (waiting.running, waiting.last, waiting.oldest))
 

@@ -84,7 +84,7 @@ def complete_version(
 
 
 def lock_name(connection: Connection, space: Space, name: str) -> int | None:
-    """Until the transaction ends; its last version, None: it was never used."""
+    """Locks a name until the transaction ends. Its last version; None: it was never used."""
     return connection.scalar(select(names.c.last_version).where(rows.named(space, name)).with_for_update())
 
 
@@ -99,18 +99,19 @@ def being_built(info: ContextInfo, builder: str) -> ColumnElement[bool]:
 
 
 def point(connection: Connection, space: Space, name: str, version: int) -> None:
+    """The name means this version from now on."""
     connection.execute(update(names).where(rows.named(space, name)).values(version=version))
 
 
 def remove(connection: Connection, gone: ColumnElement[bool]) -> None:
-    """These versions, and the payloads that none holds any more."""
+    """Deletes these versions, and the payloads that none holds any more."""
     ids = sorted(set(connection.scalars(select(versions.c.id).where(gone))))
     connection.execute(delete(versions).where(gone))
     sweep(connection, ids)
 
 
 def sweep(connection: Connection, ids: Sequence[str]) -> None:
-    """Those payloads no version holds any more; one by one in order, so that two sweeps never wait for each other."""
+    """Deletes the payloads that no version holds any more; one by one in order, so that two sweeps cannot deadlock."""
     for context_id in ids:
         held = exists().where(versions.c.id == context_id)
         # Locked by a statement of its own: the next one sees what another holder has deleted meanwhile.
@@ -124,7 +125,7 @@ def _pointed_status(connection: Connection, space: Space, name: str) -> str | No
 
 
 def _keep(connection: Connection, context_id: str, data: bytes) -> None:
-    """The payload, unless it is there and whole."""
+    """Stores the payload, unless it is there and whole."""
     row = connection.execute(select(payloads).where(payloads.c.id == context_id).with_for_update()).mappings().first()
     if row is None:
         connection.execute(insert(payloads).values(id=context_id))
