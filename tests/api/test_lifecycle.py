@@ -5,8 +5,7 @@ import gc
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from tests.live import GOLDENS, V1, live_server
 from tests.load.sigterm import one_round
 from tests.models.conftest import load_golden
 from tests.processes import ServerProcess
+from tests.waiting import until
 
 # So much for one core that it is not done before the tests that need it running are.
 MUCH = {"model": BUILTIN, "input": [f"{i} " + "word " * 200 for i in range(1000)]}
@@ -74,7 +74,7 @@ def test_what_is_not_done_in_time_is_told_so(tmp_path: Path) -> None:
             target=lambda: answers.append(httpx.post(f"{server.url}/v1/embeddings", json=MUCH, timeout=60))
         )
         asking.start()
-        _until(lambda: _queued(server.url) > 10_000)
+        until(lambda: _queued(server.url) > 10_000)
         server.process.send_signal(signal.SIGTERM)
         server.when_it_says("requests are refused; 1 are being answered")
 
@@ -135,13 +135,6 @@ def _queued(url: str) -> float:
     return sum(float(line.split()[1]) for line in lines if line.startswith("cde_queue_tokens{"))
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 # --- the heap --------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +175,7 @@ def draining_server(data_dir: Path, failures: list[Exception]) -> Iterator[tuple
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     try:
-        _until(lambda: httpx.get(f"{url}/ready").is_success)
+        until(lambda: httpx.get(f"{url}/ready").is_success)
         yield server, lifecycle, url
     finally:
         server.end()
@@ -199,7 +192,7 @@ def test_a_server_that_fails_says_so_answers_and_ends(data_dir: Path) -> None:
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as slow,
     ):
         slow.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())  # taken; its body is still to come
-        _until(lambda: bool(server.server_state.tasks))
+        until(lambda: bool(server.server_state.tasks))
         assert httpx.get(f"{url}/ready").is_success
         broken = EngineUnavailable("The device worker died three times.")
         for _ in range(2):

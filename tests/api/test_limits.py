@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tests.api.test_errors import check
 from tests.live import V1, live_server
 from tests.postgres import new_database
 from tests.raw import Answer, Answers, connected, exchange, rest
+from tests.waiting import until
 
 JSON = {"Content-Type": "application/json"}
 HOST = b"Host: here\r\n"
@@ -74,13 +75,6 @@ def post(body: bytes, *headers: bytes, path: bytes = b"/v1/embeddings", length: 
     size = b"Content-Length: %d" % (len(body) if length is None else length)
     lines = [b"POST %s HTTP/1.1" % path, b"Host: here", b"Content-Type: application/json", size, *headers]
     return b"\r\n".join([*lines, b"", body])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def cut(others: httpx.Client, reason: str) -> float:

@@ -1,8 +1,7 @@
 """A full queue, deadlines, clients that leave, and who goes first: over HTTP, with the device held in a forward."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from app.models.base import DeviceContext, TwoStageModel
 from app.models.loading import LoadedModel, load_model
 from tests.api.test_auth import auth, entry
 from tests.live import V1, live_server
+from tests.waiting import until
 
 TEXT = "a fox"
 COST = 40
@@ -91,15 +91,9 @@ class Bench:
         samples = [s for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
         return sum(s.value for s in samples)
 
-    def waits_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
     def queued(self, jobs: int) -> None:
         """Waits until so many texts do. For a moment the gauge may be that of another engine in this process."""
-        self.waits_until(lambda: self.metric("cde_queue_jobs") == jobs)
+        until(lambda: self.metric("cde_queue_jobs") == jobs)
 
 
 @contextmanager
@@ -196,7 +190,7 @@ def test_a_client_that_leaves_ends_the_first_stage_it_waited_for(bench: Bench) -
     with pytest.raises(httpx.TimeoutException):
         leaving.result(20)
     # What was dropped had been queued. The gauge may be another engine's in this process for as long as it waits.
-    bench.waits_until(lambda: bench.metric("cde_cancelled_texts_total", state="queued") > dropped)
+    until(lambda: bench.metric("cde_cancelled_texts_total", state="queued") > dropped)
     bench.queued(0)
     bench.model.open.set()
     holding.result(20)
@@ -230,7 +224,7 @@ def test_more_contexts_than_may_be_made_at_once_come_again_later(bench: Bench) -
     assert httpx.get(f"{bench.url}/v1/contexts/one-more").status_code == 404
     bench.model.open.set()
     assert holding.result(20).status_code == 200
-    bench.waits_until(lambda: bench.metric("cde_contexts_building") == 0)
+    until(lambda: bench.metric("cde_contexts_building") == 0)
     assert begin("one-more").status_code == 202
 
 
@@ -253,13 +247,13 @@ def test_keys_have_equal_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with held_server(tmp_path / "data", monkeypatch, server={"keys_file": file}) as bench:
         bench.model.open.clear()
         many = [bench.post(different(40, mark), headers=auth("k-a")) for mark in "abcd"]
-        bench.waits_until(lambda: bench.metric("cde_queue_jobs") >= 156)
+        until(lambda: bench.metric("cde_queue_jobs") >= 156)
         few = bench.post(different(40, "e"), headers=auth("k-b"))
-        bench.waits_until(lambda: bench.metric("cde_queue_jobs") >= 196)
+        until(lambda: bench.metric("cde_queue_jobs") >= 196)
         done: list[str] = []
         for name, future in (("b", few), *(("a", future) for future in many)):
             future.add_done_callback(lambda _, name=name: done.append(name))  # type: ignore[misc]
         bench.model.open.set()
         assert {future.result(20).status_code for future in (few, *many)} == {200}
-        bench.waits_until(lambda: len(done) == 5)
+        until(lambda: len(done) == 5)
         assert "b" in done[:2], "half of the device was its own"

@@ -1,8 +1,6 @@
 """First stages in the background: behind what somebody waits for, and never waited for by it."""
 
 import asyncio
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -16,13 +14,7 @@ from app.tokenization import TextTokenizer
 from app.tokenizer_threads import TokenizerThreads
 from tests.engine.stub import StubModel, context, text
 from tests.engine.test_engine import Gate, engine_of
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.waiting import until
 
 
 async def test_a_build_in_the_background_goes_last_and_is_not_joined() -> None:

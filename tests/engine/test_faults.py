@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from app.errors import EngineUnavailable, NonFiniteEmbedding, ServerFault
 from app.models.base import DeviceContext
 from tests.engine.stub import SPEC, StubModel, context, text
 from tests.engine.test_engine import Gate, engine_of, poisoned
+from tests.waiting import until
 
 DEADLY = 777
 SLOW = 60
@@ -53,13 +53,6 @@ class Memory:
 def deadly(texts: Sequence[TokenizedText]) -> None:
     if any(DEADLY in t.input_ids for t in texts):
         raise SystemExit("the thread ends")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
