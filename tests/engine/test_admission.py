@@ -134,8 +134,9 @@ def test_a_refusal_says_when_there_will_be_room() -> None:
 
 
 def test_what_is_larger_than_the_queue_is_refused_for_good() -> None:
-    with pytest.raises(TooManyTokens):
+    with pytest.raises(TooManyTokens) as refused:
         desk().check(Lane.BULK, [1001], ANYBODY, NOW)
+    assert refused.value.param == "input"
 
 
 def test_a_wait_that_is_too_long_is_a_full_queue() -> None:
@@ -145,7 +146,17 @@ def test_a_wait_that_is_too_long_is_a_full_queue() -> None:
     assert refused.value.retry_after == pytest.approx(0.5)
     admission.check(Lane.INTERACTIVE, [10], ANYBODY, NOW)  # which goes before it
     admission.check(Lane.BACKGROUND, [10], ANYBODY, NOW)
-    desk((Lane.BULK, 500), seconds=2.0).check(Lane.BULK, [10], ANYBODY, NOW)  # nothing was measured yet
+    desk((Lane.BULK, 500), seconds=0.001).check(Lane.BULK, [10], ANYBODY, NOW)  # nothing was measured yet
+
+
+def test_what_runs_is_waited_for() -> None:
+    with pytest.raises(QueueFull) as refused:
+        desk(running=500, seconds=2.0, rate=100).check(Lane.INTERACTIVE, [10], ANYBODY, NOW)
+    assert refused.value.retry_after == pytest.approx(0.5)
+
+
+def test_the_background_waits_however_long_it_takes() -> None:
+    desk((Lane.BACKGROUND, 500), seconds=0.001, rate=100).check(Lane.BACKGROUND, [10], ANYBODY, NOW)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +206,12 @@ def test_the_drain_rate_is_measured() -> None:
     assert admission.drain_rate == 1000 != guess
     admission.measure(1000, 1.0)
     assert 1000 < admission.drain_rate < 1200
+
+
+def test_a_batch_that_takes_no_time_by_the_clock_is_very_fast() -> None:
+    admission = desk((Lane.BULK, 500), seconds=0.001)
+    admission.measure(100, 0.0)
+    admission.check(Lane.BULK, [10], ANYBODY, NOW)
 
 
 def test_slow_batches_count_for_as_long_as_they_take() -> None:

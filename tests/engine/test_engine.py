@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from app.domain import FloatArray, Stage, TokenizedText
 from app.engine import metrics, replica
+from app.engine.batching import Job, submission_jobs
 from app.engine.engine import Engine, EngineOptions
-from app.engine.replica import Exact
+from app.engine.replica import Exact, Replica
 from app.errors import NonFiniteEmbedding, QueueFull, ServerFault, ShuttingDown, TooManyTokens
 from tests.engine.stub import StubModel, context, text
 
@@ -133,6 +135,29 @@ def test_a_poisoned_text_fails_alone_and_the_thread_lives_on() -> None:
     engine.stop(5)
 
 
+def test_a_request_with_several_poisoned_texts_fails_once(engine: Engine) -> None:
+    restarts = metrics.RESTARTS.labels("cpu")._value.get()
+    with pytest.raises(ServerFault):
+        engine.submit("stub", Stage.SECOND, [text(POISON), text(POISON, 1)], context(1.0)).result(10)
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+    assert metrics.RESTARTS.labels("cpu")._value.get() == restarts
+
+
+def test_who_leaves_as_the_answer_comes_costs_others_nothing() -> None:
+    """Behind the look at who is still there."""
+    gone, staying = (
+        submission_jobs(("stub", Stage.SECOND), [text(i)], context(1.0), hidden_size=4, context_rows=10) for i in (1, 2)
+    )
+
+    def leave(_answered: Sequence[Job]) -> None:
+        gone[0].submission.future.cancel()
+
+    device = Replica({"stub": StubModel()}, batch_tokens=1000, cache_bytes=0)
+    with torch.inference_mode():
+        device.run([*gone, *staying], leave)
+    assert staying[0].submission.future.result(0)[0, 0] == 2
+
+
 def test_health_is_the_last_batch(engine: Engine) -> None:
     with pytest.raises(ServerFault):
         engine.submit("stub", Stage.SECOND, [text(POISON)], context(1.0)).result(10)
@@ -161,6 +186,21 @@ def test_room_is_taken_for_the_whole_request_or_not_at_all() -> None:
     gate.open.set()
     assert queued.result(10).shape == (8, 4)
     assert engine.submit("stub", Stage.SECOND, [text(1)] * 9, context(1.0)).result(10).shape == (9, 4)
+    engine.stop(5)
+
+
+def test_many_texts_that_have_waited_for_too_long_have_every_other_batch() -> None:
+    gate = Gate()
+    model = StubModel(gate)
+    engine = engine_of(model, batch_tokens=1, interactive_texts=1, queue_seconds=1e-9)
+    first = engine.submit("stub", Stage.SECOND, [text(1)], context(1.0))
+    assert gate.entered.wait(10)
+    many = engine.submit("stub", Stage.FIRST, [text(2), text(2)], context(1.0))
+    few = [engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)) for _ in range(4)]
+    gate.open.set()
+    for future in (first, many, *few):
+        future.result(10)
+    assert [stage for stage, _ in model.batches[:4]] == [Stage.SECOND, Stage.SECOND, Stage.FIRST, Stage.SECOND]
     engine.stop(5)
 
 

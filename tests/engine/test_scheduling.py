@@ -60,6 +60,7 @@ def all_tokens(queue: WaitingJobs) -> int:
         ([5], 1, [5]),  # the oldest always runs, however big
         ([5, 5, 5], 10, [5, 5]),
         ([5, 90, 6, 5], 20, [5, 5, 6]),  # the nearest in length first
+        ([50, 5, 49, 48], 150, [50, 49, 48]),  # not the shortest
         ([90, 5, 5], 100, [90]),  # padded cost: longest x rows
         ([10, 1, 1, 1], 40, [10, 1, 1, 1]),
     ],
