@@ -359,6 +359,11 @@ def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int 
     assert [(problem.code, problem.line) for problem in problems] == codes
 
 
+def test_of_an_input_that_is_bad_throughout_a_part_is_told() -> None:
+    _, problems = checked([b"{}\n" * 300], max_lines=1000, max_line_bytes=1000)
+    assert [problem.line for problem in problems] == list(range(1, 101))
+
+
 def test_lines_as_clients_write_them() -> None:
     """A byte order mark, Windows' line ends, and half an emoji in a text."""
     line = b'{"custom_id":"%d","method":"POST","url":"/v1/embeddings","body":{"input":"\\ud83d"}}\r\n'

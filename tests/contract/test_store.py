@@ -250,6 +250,23 @@ def test_what_fails_leaves_the_name_alone_and_may_begin_anew(store: ContextStore
     assert store.complete(again, built(2)) is not None
 
 
+def test_a_reason_of_any_length_is_told_in_part(store: ContextStore) -> None:
+    info, _ = store.begin(new_context("legal", 1))
+    store.fail(info, "me", "x" * 1000)
+    seen = store.get(M, parse_ref("legal"))
+    assert seen is not None
+    assert (seen.status, seen.error) == (ContextStatus.FAILED, "x" * 512)
+
+
+def test_what_is_completed_stays_so_without_further_signs_of_life(
+    store: ContextStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, _ = put(store, "legal", 1)
+    silent_for(monkeypatch, 100 * LEASE_SECONDS)
+    assert store.get(M, parse_ref("legal")) == info
+    assert put(store, "legal", 1) == (info, False)
+
+
 def test_one_whose_builder_is_gone_has_failed(store: ContextStore, monkeypatch: pytest.MonkeyPatch) -> None:
     info, _ = store.begin(new_context("legal", 1))
     silent_for(monkeypatch, LEASE_SECONDS - 1)
