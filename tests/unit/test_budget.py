@@ -28,6 +28,23 @@ def test_one_caller_gets_half_however_many_requests_it_sends() -> None:
     shares[5].hold(1)
 
 
+def test_nor_by_asking_for_it_in_few_large_pieces() -> None:
+    budget = Budget(100)
+    share(budget, key="a").hold(30)
+    with pytest.raises(BodiesFull):
+        share(budget, key="a").hold(30)
+    share(budget, key="a").hold(20)
+
+
+def test_who_holds_nothing_is_forgotten() -> None:
+    budget = Budget(100)
+    for i in range(5):
+        each = share(budget, address=f"10.0.0.{i}")
+        each.hold(10)
+        each.release()
+    assert not budget._of
+
+
 def test_where_there_are_no_keys_an_address_is_a_caller() -> None:
     budget = Budget(100)
     share(budget, port=1).hold(50)
