@@ -159,8 +159,9 @@ def test_who_leaves_as_the_answer_comes_costs_others_nothing() -> None:
 
 
 def test_health_is_the_last_batch(engine: Engine) -> None:
-    with pytest.raises(ServerFault):
+    with pytest.raises(ServerFault) as failed:
         engine.submit("stub", Stage.SECOND, [text(POISON)], context(1.0)).result(10)
+    assert str(failed.value.__cause__) == "poison", "which is what the log shows"
     assert engine.problem is not None
     engine.submit("stub", Stage.SECOND, [text(1)], context(1.0)).result(10)
     assert engine.problem is None
@@ -282,6 +283,15 @@ def test_contexts_are_loaded_once_while_they_fit(engine: Engine, model: StubMode
     assert len(loads) == 1
 
 
+def test_contexts_that_make_room_for_others_are_counted() -> None:
+    engine = engine_of(StubModel(), cache_bytes=70)  # of two contexts of 33 bytes
+    before = metrics.CONTEXT_EVICTIONS._value.get()
+    for mark in (1.0, 2.0, 1.0, 3.0):
+        engine.submit("stub", Stage.SECOND, [text(1)], context(mark)).result(10)
+    assert metrics.CONTEXT_EVICTIONS._value.get() == before + 1
+    engine.stop(5)
+
+
 def meeting_of(workers: int) -> Callable[[Sequence[TokenizedText]], None]:
     """Holds each worker in its first batch until so many are in theirs."""
     together, met = threading.Barrier(workers), threading.local()
@@ -308,6 +318,13 @@ def test_workers_share_the_queue_and_answer_all() -> None:
     assert engine.problem is None
     engine.stop(5)
     assert engine.queued_tokens == 0
+
+
+def test_devices_are_expected_to_share_the_work() -> None:
+    one, two = engine_of(StubModel()), engine_of(StubModel(), StubModel())
+    assert two.drain_rate == 2 * one.drain_rate
+    for engine in (one, two):
+        engine.stop(5)
 
 
 def test_each_device_has_its_models_and_contexts() -> None:

@@ -122,6 +122,8 @@ def test_spare_room_is_filled_from_slower_lanes_where_that_pays() -> None:
     assert lengths(plain.next_batch(1000, NOW)) == [10]
     assert lengths(riding.next_batch(1000, NOW)) == [10, 11, 12, 9]
     assert all_tokens(riding) == 100
+    riding.add(jobs(Q, 40))
+    assert lengths(riding.next_batch(1000, NOW)) == [40], "more than twice as long does not pay"
 
 
 def test_a_single_query_passes_a_bulk_request_of_its_own_lane() -> None:

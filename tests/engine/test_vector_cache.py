@@ -11,6 +11,7 @@ from app.domain import Lane, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServerFault
 from app.registry import ServedModel
+from app.telemetry.metrics import VECTOR_CACHE
 from app.tokenization import TextTokenizer
 from app.vector_cache import OVERHEAD, VectorCache
 from tests.engine.stub import StubModel, context, text
@@ -50,6 +51,22 @@ async def test_a_repeated_request_needs_no_forward_and_is_the_same_to_the_byte(b
     mixed = await bench.cache.embed(bench.served, [text(9), text(2, 3)], context(5.0))
     np.testing.assert_array_equal(mixed, [[9, 1, 5, 2], [5, 2, 5, 2]])
     assert bench.computed == 3
+
+
+async def test_it_is_counted_where_vectors_came_from() -> None:
+    def counts() -> list[float]:
+        return [VECTOR_CACHE.labels(source)._value.get() for source in ("computed", "shared", "hit")]
+
+    gate = Gate()
+    bench = Bench(StubModel(gate))
+    before = counts()
+    asked = [asyncio.create_task(bench.cache.embed(bench.served, [text(7), text(i)], context(1.0))) for i in (1, 2)]
+    await asyncio.to_thread(gate.entered.wait, 10)
+    gate.open.set()
+    await asyncio.gather(*asked)
+    await bench.cache.embed(bench.served, [text(7), text(1), text(3)], context(1.0))
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [4, 1, 2]
+    bench.engine.stop(5)
 
 
 async def test_a_namespace_learns_nothing_from_what_another_has_computed(bench: Bench) -> None:
