@@ -322,7 +322,7 @@ def test_workers_share_the_queue_and_answer_all() -> None:
 
 def test_devices_are_expected_to_share_the_work() -> None:
     one, two = engine_of(StubModel()), engine_of(StubModel(), StubModel())
-    assert two.drain_rate == 2 * one.drain_rate
+    assert two._admission.drain_rate == 2 * one._admission.drain_rate
     for engine in (one, two):
         engine.stop(5)
 
