@@ -13,9 +13,9 @@ from app.errors import CheckpointError
 from app.models.configuration import BACKBONES, backbone_of, read_json
 from app.models.contextual import ContextualModel, Semantics
 from app.models.files import locate
-from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels
 from app.models.loading import PROMPTS, SOFT_TOKENS, LoadOptions
+from app.models.recording import cuda_recorder
 from app.models.stages import CdeWeights, FirstStage, SecondStage
 from app.models.tuning import fastest
 

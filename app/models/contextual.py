@@ -15,9 +15,10 @@ from app.domain import DATASET_EMBEDDINGS, Arrays, ModelSpec, TokenizedText
 from app.models.attention import Entered
 from app.models.base import DeviceContext, InvalidContext
 from app.models.device import to_device
-from app.models.graphs import LONGEST, Batch, Record, RecordedForwards
+from app.models.graphs import LONGEST, Batch, RecordedForwards
 from app.models.kernels import Kernels
 from app.models.layout import Layout, fill, means, packed
+from app.models.recording import Record
 from app.models.stages import CdeWeights, detach_from_file
 from app.models.transformer import interleaved
 

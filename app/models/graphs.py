@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from app.models.attention import Entered
 from app.models.base import DeviceContext
 from app.models.device import is_out_of_memory, pinned
 from app.models.layout import mean_weights
+from app.models.recording import Record, Replay
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,8 @@ TOLERANCE = 1e-3
 AGAIN = 1000
 """So many batches of a shape are launched before it is recorded once more, if memory was lacking."""
 
-_RECORDING = threading.Lock()
-"""CUDA records one graph at a time in a process."""
-
-Replay = Callable[[], None]
-Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-"""A forward that reads and writes in place -> what runs it again, and where its result then is."""
+Shape = tuple[int, int]
+"""N, R"""
 
 
 class Batch(NamedTuple):
@@ -146,7 +143,9 @@ class RecordedForwards:
         self._record = record
         self._context_rows = context_rows
         self._lock = threading.Lock()
-        self._known: dict[tuple[int, int], Recorded | int] = {}  # or how many batches are launched before it is one
+        self._recorded: dict[Shape, Recorded] = {}
+        self._launches_left: dict[Shape, int] = {}
+        """Batches of a shape to be launched before it is recorded; the first one always is."""
         self._room: Room | None = None
         self._works = True
 
@@ -158,14 +157,14 @@ class RecordedForwards:
         if not self._works or shape[0] > MAX_TEXTS or shape[1] > shape[0] * LONGEST:
             return None
         with self._lock, torch.inference_mode():
-            known = self._known.get(shape, 1)
-            if isinstance(known, int) and known:
-                self._known[shape] = known - 1
+            left = self._launches_left.get(shape, 1)
+            if left:
+                self._launches_left[shape] = left - 1
                 return None
             batch = batch_of(texts, skipped, self._context_rows, shape[1])
-            if isinstance(known, int):
-                known = self._known[shape] = self._recorded(batch, contexts)
-            return None if isinstance(known, int) else known(batch, contexts)
+            if shape not in self._recorded and not self._record_shape(shape, batch, contexts):
+                return None
+            return self._recorded[shape](batch, contexts)
 
     def warm_up(self, context: DeviceContext, longest: int) -> None:
         """Records all forwards of one text of up to `longest` tokens: a single query never waits for a recording."""
@@ -174,9 +173,9 @@ class RecordedForwards:
             for _ in range(2):  # the first time a shape is only noted
                 self((text,), (0,), (context,))
 
-    def _recorded(self, batch: Batch, contexts: Sequence[DeviceContext]) -> Recorded | int:
-        """Or how many batches are launched before the next try. None is recorded from now on if one cannot be, or gives
-        something else than when it is launched; a lack of memory may pass."""
+    def _record_shape(self, shape: Shape, batch: Batch, contexts: Sequence[DeviceContext]) -> bool:
+        """Whether it could be recorded. If one cannot be, or gives something else than when it is launched, none
+        is from now on; a lack of memory may pass."""
         try:
             room = self._room = self._room or Room(contexts[0])
             own = room.of(len(contexts))
@@ -189,60 +188,36 @@ class RecordedForwards:
                 replayed = recorded(probe, contexts)
                 launched = self._forward(copied, own)
                 if not launched.isfinite().all():
-                    return 0  # says nothing about recording: another text will
+                    return False  # says nothing about recording: the next batch will
                 difference = float((replayed - launched).abs().max() / launched.abs().max())
                 if not difference <= TOLERANCE:
                     return self._give_up(f"recorded forwards give other vectors, by {difference:.1e}")
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 log.warning("no memory to record a forward of %d rows, it is launched: %s", len(batch.order), error)
-                return AGAIN
+                self._launches_left[shape] = AGAIN
+                return False
             return self._give_up(f"forwards cannot be recorded: {error}")
-        return recorded
+        self._recorded[shape] = recorded
+        return True
 
     def _shortest(self, batch: Batch) -> Batch:
         count, rows = batch.shares.shape
         text = TokenizedText((0,) * (rows // count - ROWS + 1), InputType.NONE)
         return batch_of([text] * count, [0] * count, self._context_rows, rows)
 
-    def _give_up(self, reason: str) -> int:
+    def _give_up(self, reason: str) -> bool:
+        """False, for good."""
         log.warning("all forwards are launched one by one from now on: %s", reason)
         self._works = False
-        self._known.clear()
-        return AGAIN
+        self._recorded.clear()
+        return False
 
 
 def rows_of(texts: Sequence[TokenizedText]) -> int:
     """R of these texts: few different ones for each number of texts."""
     step = ROWS * len(texts)
     return -(-sum(len(text.input_ids) for text in texts) // step) * step
-
-
-def cuda_recorder(device: torch.device) -> Record:
-    """Records CUDA graphs, whose memory they share: they never run at the same time."""
-    pools: list[Any] = []
-    # One for all: memory is shared, and libraries keep their workspaces, by stream.
-    streams: list[torch.cuda.Stream] = []
-
-    def record(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        # The outer stream comes back even from a recording that fails, which leaves its own behind.
-        with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            if not streams:
-                streams.append(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-            stream = streams[0]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()  # what libraries set up at a first use cannot be recorded
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            pool = pools[0] if pools else None
-            # Other threads, of other devices, may go on as they like.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                result = run()
-            pools[:] = [graph.pool()]
-            return graph.replay, result
-
-    return record
 
 
 def _copy(batch: Batch, to: Batch) -> None:

@@ -16,9 +16,9 @@ from app.models.configuration import Backbone, backbone_of, read_json, tokenizer
 from app.models.contextual import ContextualModel, Semantics
 from app.models.device import settle_cuda
 from app.models.files import WEIGHTS, CheckpointFiles, check_name, locate
-from app.models.graphs import cuda_recorder
 from app.models.kernels import Kernels, Precision
 from app.models.minilm import HIDDEN_SIZE, MiniLM, MiniLMContext
+from app.models.recording import cuda_recorder
 from app.models.stages import CdeWeights, FirstStage, SecondStage
 from app.models.tuning import fastest, fitted
 from app.tokenization import TextTokenizer

@@ -20,9 +20,10 @@ from app.bench.models import Family, load_checkpoint, random_texts
 from app.domain import DATASET_EMBEDDINGS, TokenizedText
 from app.models.base import DeviceContext
 from app.models.contextual import ContextualModel
-from app.models.graphs import Replay, Room, batch_of, rows_of
+from app.models.graphs import Room, batch_of, rows_of
 from app.models.kernels import Kernels
 from app.models.loading import LoadOptions
+from app.models.recording import Replay
 from tests.models.conftest import FEW, dataset, with_few_rows
 
 
