@@ -110,5 +110,9 @@ def matching(ref: ContextRef) -> Select[Any]:
         query = select(versions).where(versions.c.name == ref.name, versions.c.version == ref.version)
     else:
         query = current().where(versions.c.name == ref.name)
-    unfinished = case((versions.c.status == ContextStatus.COMPLETED.value, 0), else_=1)
-    return query.order_by(unfinished, versions.c.seq.desc())
+    return query.order_by(unfinished(), versions.c.seq.desc())
+
+
+def unfinished() -> ColumnElement[int]:
+    """To sort by: completed versions first."""
+    return case((versions.c.status == ContextStatus.COMPLETED.value, 0), else_=1)

@@ -22,7 +22,7 @@ def begin_version(connection: Connection, new: NewContext) -> tuple[RowMapping |
     same = select(versions).where(
         rows.in_space(space), versions.c.name == name, or_(versions.c.id == new.id, versions.c.begun_id == new.id)
     )
-    row = connection.execute(same.order_by(versions.c.version.desc())).mappings().first()
+    row = connection.execute(same.order_by(rows.unfinished(), versions.c.version.desc())).mappings().first()
     if row is not None and row["status"] == DONE:
         point(connection, space, name, row["version"])
         return row, Begun.THERE

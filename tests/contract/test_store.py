@@ -320,6 +320,16 @@ def test_a_choice_that_turns_out_to_be_there_already(store: ContextStore) -> Non
     assert store.get(M, parse_ref("legal.3")) is None
 
 
+def test_what_is_there_is_found_behind_a_later_failure(store: ContextStore) -> None:
+    """Version 2 was begun with what version 1, a choice, turned out to be."""
+    first, _ = store.begin(new_context("legal", 3))
+    second, _ = store.begin(new_context("legal", 1))
+    store.fail(second, "me", "for a reason")
+    completed = store.complete(first, built(1))
+    assert put(store, "legal", 1) == (completed, False)
+    assert store.begin(new_context("legal", 1)) == (completed, Begun.THERE)
+
+
 def test_a_choice_keeps_the_id_it_was_begun_under(store: ContextStore) -> None:
     info, _ = store.begin(new_context("legal", 3))
     completed = store.complete(info, built(4, context_id=f"ctx_{4:032x}"))
