@@ -97,31 +97,28 @@ class SqlContextStore:
         self, namespace: str, model: str | None, *, after: str | None, limit: int, newest_first: bool
     ) -> Page[ContextInfo] | None:
         # A content has its place by its first version in this namespace: what other namespaces hold does not show.
-        own = select(versions.c.id, func.min(versions.c.seq).label("place")).where(versions.c.namespace == namespace)
+        first = func.min(versions.c.seq) * (-1 if newest_first else 1)
+        own = select(versions.c.id, first.label("place")).where(versions.c.namespace == namespace)
         places = own.group_by(versions.c.id).subquery()
         place = places.c.place
         query = rows.current().where(versions.c.namespace == namespace).join(places, places.c.id == versions.c.id)
         if model is not None:
             query = query.where(versions.c.model == model)
-        query = query.order_by(place.desc() if newest_first else place.asc(), versions.c.model, versions.c.name)
+        query = query.order_by(place, versions.c.model, versions.c.name)
         with self._database.reading() as connection:
             if after is not None:
                 seen = connection.scalar(select(place).where(places.c.id == after))
                 if seen is None:
                     return None
-                query = query.where(place < seen if newest_first else place > seen)
-            page = [rows.info_of(row) for row in connection.execute(query.limit(limit + 1)).mappings()]
-            if len(page) <= limit:
-                return Page(page, has_more=False)
-            kept, last = page[:limit], page[limit - 1].id
-            if page[limit].id != last:
-                return Page(kept, has_more=True)
-            # Names of one content stay together: `after` is an id.
-            same = connection.execute(query.where(versions.c.id == last)).mappings()
-            kept = [info for info in kept if info.id != last] + [rows.info_of(row) for row in same]
-            tail = connection.scalar(select(place).where(places.c.id == last))
-            beyond = query.where(place < tail if newest_first else place > tail)
-            return Page(kept, has_more=connection.execute(beyond.limit(1)).first() is not None)
+                query = query.where(place > seen)
+            size = limit + 1
+            while True:
+                found = [rows.info_of(row) for row in connection.execute(query.limit(size)).mappings()]
+                # `after` is an id, so a page ends with all names of its last content.
+                end = next((i for i in range(limit, len(found)) if found[i].id != found[limit - 1].id), None)
+                if end is not None or len(found) < size:
+                    return Page(found[:end], has_more=end is not None)
+                size *= 2
 
     def versions(self, space: Space, name: str) -> Sequence[ContextInfo]:
         query = select(versions).where(rows.in_space(space), versions.c.name == name)
