@@ -47,7 +47,10 @@ class Builds:
         self._store = store
         self._threads = threads
         self._keep_documents = keep_documents
+        self._tasks: set[asyncio.Task[ContextInfo]] = set()
         self._running: dict[tuple[object, ...], asyncio.Task[ContextInfo]] = {}
+        """By version the one that began last: while the store is away a build cannot show that it lives, and the
+        version may begin anew."""
         self._unfinished: Counter[str] = Counter()
         """By namespace, those that are being begun included."""
 
@@ -74,6 +77,7 @@ class Builds:
         if begun is Begun.OURS:
             kept = plan if self._keep_documents else replace(plan, documents=None)
             task = asyncio.create_task(self._carry_through(served, info, kept, builder))
+            self._tasks.add(task)
             self._running[_key(info)] = task
             CONTEXTS_BUILDING.inc()
             task.add_done_callback(lambda done: self._ended(info, done))
@@ -99,10 +103,9 @@ class Builds:
 
     async def close(self) -> None:
         """Ends all builds; their versions have failed."""
-        tasks = list(self._running.values())
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _carry_through(self, served: ServedModel, info: ContextInfo, plan: Plan, builder: str) -> ContextInfo:
         progress = _Progress()
@@ -156,7 +159,9 @@ class Builds:
         self._unfinished -= Counter([namespace])  # which forgets who has none
 
     def _ended(self, info: ContextInfo, task: "asyncio.Task[ContextInfo]") -> None:
-        self._running.pop(_key(info), None)
+        self._tasks.discard(task)
+        if self._running.get(_key(info)) is task:
+            del self._running[_key(info)]
         self._leave(info.space.namespace)
         CONTEXTS_BUILDING.dec()
         error = None if task.cancelled() else task.exception()

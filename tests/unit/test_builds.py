@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +32,15 @@ class Builder:
     def __init__(self) -> None:
         self.done = asyncio.Event()
         self.plans: list[Plan] = []
+        self.running = 0
 
     async def build(self, _served: ServedModel, plan: Plan, *_: Any, **__: Any) -> Outcome:
         self.plans.append(plan)
-        await self.done.wait()
+        self.running += 1
+        try:
+            await self.done.wait()
+        finally:
+            self.running -= 1
         return Outcome(PLAN.id, arrays_of(1), plan.documents, PLAN.selection, PLAN.counts)
 
 
@@ -60,8 +65,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoreError, "retry_after", 0.05)
 
 
-async def until_it_waits(caplog: pytest.LogCaptureFixture) -> None:
-    while "waits for the store" not in caplog.text:  # noqa: ASYNC110 - a log has no event
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - logs, stores and counts have no event
         await asyncio.sleep(0.01)
 
 
@@ -73,7 +78,7 @@ async def test_it_is_stored_when_the_store_is_back(tmp_path: Path, caplog: pytes
         assert begun is Begun.OURS
         away = file.rename(tmp_path / "away")
         builder.done.set()
-        await until_it_waits(caplog)
+        await until(lambda: "waits for the store" in caplog.text)
         away.rename(file)
         completed = await made.finished(info)
         assert completed.status is ContextStatus.COMPLETED
@@ -100,6 +105,26 @@ async def test_there_is_an_end_to_waiting(
         assert (await made.finished(again)).status is ContextStatus.COMPLETED
 
 
+async def test_a_build_that_began_anew_ends_with_the_server_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before could not show for a while that it lives, and is done first."""
+    async with building(tmp_path / "c.sqlite3") as (made, builder, store):
+        await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        await until(lambda: builder.running == 1)
+        first, builder.done = builder.done, asyncio.Event()
+        silent_for(monkeypatch, LEASE_SECONDS + 1)
+        again, begun = await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
+        assert (begun, again.version) == (Begun.OURS, 1)
+        await until(lambda: builder.running == 2)
+        first.set()
+        await until(lambda: builder.running == 1)
+        await until(lambda: store.get(M, parse_ref("legal")) != again)
+        await asyncio.sleep(0.05)  # the first has ended
+        await made.close()
+        assert builder.running == 0
+
+
 async def test_a_stop_does_not_wait_for_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "app.builds")
     file = tmp_path / "c.sqlite3"
@@ -107,7 +132,7 @@ async def test_a_stop_does_not_wait_for_the_store(tmp_path: Path, caplog: pytest
         await made.begin(ANY_MODEL, new_context("legal", 1), PLAN)
         file.rename(tmp_path / "away")
         builder.done.set()
-        await until_it_waits(caplog)
+        await until(lambda: "waits for the store" in caplog.text)
         await asyncio.wait_for(made.close(), 20)
 
 
