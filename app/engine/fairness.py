@@ -7,21 +7,33 @@ would all go before one that has had a text already.
 A client's requests run in the order in which they would be through if each of them began when it came and had the
 client's whole share (virtual finish times): those of one size as they came, small ones before larger ones, which
 nothing passes any more once the client has had as much as they need.
+
+Of some batches' worth of jobs in that order, those nearest in length to the first one make a batch. One that was left
+behind for them a few times begins a batch itself.
 """
 
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
+from typing import NamedTuple
 
 from app.engine.batching import Job
 
 LOOK_AHEAD = 4
 """One batch is chosen among the jobs of this many: more give nearer lengths, but let the others wait for longer."""
+PASSES = 4
+"""A job that was left behind so often, for others nearer in length to a batch's first one, begins every other batch."""
 SLACK = 64
 """Dead jobs a client's heap may hold beside as many as live ones; likewise clients that have gone."""
 
-_Tagged = tuple[float, int, Job]
-"""Tag, arrival, job: the order of a client's heap."""
+
+class _Tagged(NamedTuple):
+    """As a client's heap orders them. `passed`: how often it was looked at for a batch and left."""
+
+    tag: float
+    arrival: int
+    job: Job
+    passed: int = 0
 
 
 class ClientQueue:
@@ -38,33 +50,32 @@ class ClientQueue:
         """The jobs of one request."""
         tag = self.served + sum(job.cost for job in jobs)
         for job in jobs:
-            heappush(self._heap, (tag, next(arrivals), job))
+            heappush(self._heap, _Tagged(tag, next(arrivals), job))
         self.jobs += len(jobs)
 
     def pop(self) -> _Tagged | None:
         """The next live job, taken out."""
         while self._heap:
             entry = heappop(self._heap)
-            job = entry[2]
-            if job.submission.dropped:  # its jobs are counted out already
+            if entry.job.submission.dropped:  # its jobs are counted out already
                 continue
             self.jobs -= 1
             return entry
         return None
 
     def put_back(self, entry: _Tagged) -> None:
-        heappush(self._heap, entry)
+        heappush(self._heap, entry._replace(passed=entry.passed + 1))
         self.jobs += 1
 
     def forget(self, jobs: int) -> None:
         """So many of its jobs were dropped; the heap is rid of them when they are most of it."""
         self.jobs -= jobs
         if len(self._heap) > 2 * self.jobs + SLACK:
-            self._heap = [entry for entry in self._heap if not entry[2].submission.dropped]
+            self._heap = [entry for entry in self._heap if not entry.job.submission.dropped]
             heapify(self._heap)
 
     def drain(self) -> list[Job]:
-        jobs = [entry[2] for entry in self._heap if not entry[2].submission.dropped]
+        jobs = [entry.job for entry in self._heap if not entry.job.submission.dropped]
         self._heap.clear()
         self.jobs = 0
         return jobs
@@ -84,6 +95,7 @@ class GroupQueue:
         """`served` of clients with nothing left that are ahead of virtual time: one that sends a text at a time must
         not begin at the present with each."""
         self._virtual = 0.0
+        self._overdue_first = False
         self._arrivals = arrivals
 
     def __bool__(self) -> bool:
@@ -107,18 +119,21 @@ class GroupQueue:
             entry = queue.pop()
             if entry is not None:
                 picked.append((entry, client, queue))
-                left -= min(entry[2].cost, budget)
-                heappush(order, (served + entry[2].cost, i, client, queue))
+                left -= min(entry.job.cost, budget)
+                heappush(order, (served + entry.job.cost, i, client, queue))
+        self._overdue_first = not self._overdue_first
+        if self._overdue_first:
+            picked.sort(key=lambda pick: pick[0].passed < PASSES)
         return picked
 
     def settle(self, picked: Sequence[_Picked], running: set[int]) -> None:
         """`running`: the ids of the picked jobs that run now."""
-        computed = sum(entry[2].cost for entry, _, _ in picked if id(entry[2]) in running)
+        computed = sum(entry.job.cost for entry, _, _ in picked if id(entry.job) in running)
         passed = self._virtual + computed / max(1, len(self._clients))
         self._virtual = max([passed, *(queue.served for _, _, queue in picked[:1])])
         for entry, _, queue in picked:
-            if id(entry[2]) in running:
-                queue.served += entry[2].cost
+            if id(entry.job) in running:
+                queue.served += entry.job.cost
             else:
                 queue.put_back(entry)
         for _, client, queue in picked:

@@ -114,7 +114,7 @@ class LaneQueue:
         if queue is None:
             return []
         picked = queue.pick(budget)
-        chosen = choose([entry[2] for entry, _, _ in picked]) if picked else []
+        chosen = choose([entry.job for entry, _, _ in picked]) if picked else []
         queue.settle(picked, {id(job) for job in chosen})
         self._took(chosen)
         self._tidy(group)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.domain import Lane, Stage
 from app.engine.batching import Job, submission_jobs
-from app.engine.fairness import SLACK
+from app.engine.fairness import PASSES, SLACK
 from app.engine.scheduling import PATIENCE, WaitingJobs
 from tests.engine.stub import context, text
 
@@ -32,7 +33,7 @@ def jobs(
 
 def queued(queue: WaitingJobs) -> list[Job]:
     return [
-        entry[2]
+        entry.job
         for lane in queue.lanes.values()
         for group in lane._groups.values()
         for client in group._clients.values()
@@ -226,6 +227,19 @@ def test_a_lane_that_waits_for_too_long_has_every_other_batch() -> None:
         6,
         7,
     ]  # late until the last has had its turn
+
+
+def test_a_job_is_left_behind_for_nearer_lengths_a_few_times_and_no_more() -> None:
+    """Batches are begun by others, and filled with its own client's later, shorter ones."""
+    queue = WaitingJobs()
+    [long] = jobs(Q, 100, client="a")
+    queue.add([long])
+    for batches in count():
+        for client in ("b", "c", "a", "a", "a"):
+            queue.add(jobs(Q, 20, client=client))
+        if long in queue.next_batch(100, NOW):
+            break
+        assert batches < 2 * PASSES
 
 
 @pytest.mark.parametrize("length", [5, 50])

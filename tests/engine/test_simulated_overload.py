@@ -35,6 +35,7 @@ class Overload:
     seed: int = 0
     queue_tokens: int = 10**9
     queue_seconds: float = QUEUE_SECONDS
+    rate: float = RATE
     turns: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
     """The longest that a request waited for its first text to run."""
     ends: dict[Lane, float] = field(default_factory=lambda: defaultdict(float))
@@ -55,7 +56,7 @@ class Overload:
         events: list[tuple[float, int, list[Job]]] = []
         numbers, now = count(), 0.0
         while now < self.seconds:
-            now += self._chance.expovariate(self.factor * WORKERS * RATE / mean)
+            now += self._chance.expovariate(self.factor * WORKERS * self.rate / mean)
             heappush(events, (now, next(numbers), []))
         while events:
             now, _, batch = heappop(events)
@@ -99,7 +100,7 @@ class Overload:
                 submission.timing.started_at = now
                 self.turns[submission.lane] = max(self.turns[submission.lane], waited)
         tokens = sum(job.cost for job in batch)
-        seconds = tokens / RATE * self._chance.uniform(0.8, 1.2)
+        seconds = tokens / self.rate * self._chance.uniform(0.8, 1.2)
         self._admission.measure(tokens, seconds)
         return seconds
 
@@ -108,13 +109,20 @@ UNEQUAL = {"a": 4, "b": 1, "c": 1}
 
 
 @pytest.mark.parametrize(
-    ("shares", "factor"),
-    [(UNEQUAL, 2), (UNEQUAL, 4), (UNEQUAL, 8), ({"a": 1}, 4), ({str(i): 1 for i in range(20)}, 4)],
-    ids=["2x", "4x", "8x", "one client", "twenty clients"],
+    ("shares", "factor", "rate"),
+    [
+        (UNEQUAL, 2, RATE),
+        (UNEQUAL, 4, RATE),
+        (UNEQUAL, 8, RATE),
+        (UNEQUAL, 4, RATE / 2),
+        ({"a": 1}, 4, RATE),
+        ({str(i): 1 for i in range(20)}, 4, RATE),
+    ],
+    ids=["2x", "4x", "8x", "4x of half as much", "one client", "twenty clients"],
 )
-def test_nobody_waits_long_for_a_turn(shares: dict[str, int], factor: float) -> None:
+def test_nobody_waits_long_for_a_turn(shares: dict[str, int], factor: float, rate: float) -> None:
     """Whatever comes to the other lane and from other clients after a request was taken."""
-    seen = [Overload(shares, factor, seed=seed).run() for seed in range(2)]
+    seen = [Overload(shares, factor, rate=rate, seed=seed).run() for seed in range(4)]
     assert max(one.turns[Lane.INTERACTIVE] for one in seen) < 2.5 * QUEUE_SECONDS
     assert max(one.turns[Lane.BULK] for one in seen) < 4 * QUEUE_SECONDS
 
