@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import cast
+from concurrent.futures import Future
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from app.domain import Lane, TokenizedText
+from app.domain import ANYBODY, BACKGROUND, FloatArray, Lane, Stage, TokenizedText
 from app.engine.engine import Engine
 from app.errors import ServerFault
 from app.registry import ServedModel
@@ -203,3 +206,75 @@ async def test_a_query_does_not_wait_for_the_large_request_that_has_its_text() -
     assert (await small)[0, 0] == 199
     np.testing.assert_array_equal((await large)[:, 0], np.arange(200))
     bench.engine.stop(5)
+
+
+class Device:
+    """In an engine's place: texts are computed when the test says so."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Sequence[TokenizedText], Future[FloatArray]]] = []
+
+    def submit(
+        self, _model: str, _stage: Stage, texts: Sequence[TokenizedText], *_: object, **__: object
+    ) -> "Future[FloatArray]":
+        future: Future[FloatArray] = Future()
+        self.sent.append((texts, future))
+        return future
+
+    @property
+    def waiting(self) -> list[int]:
+        return [i for i, (_, future) in enumerate(self.sent) if not future.done()]
+
+    def compute(self, number: int) -> None:
+        """The request fails as a whole where one of its texts is bad, as the engine's do."""
+        texts, future = self.sent[number]
+        if any(POISON in text.input_ids for text in texts):
+            future.set_exception(ServerFault("a bad text"))
+        else:
+            future.set_result(np.array([[text.input_ids[0]] * 4 for text in texts], np.float32))
+
+
+TEXTS = st.lists(st.sampled_from([1, 2, 3, POISON]), min_size=1, max_size=4)
+ASK = st.tuples(st.just("ask"), TEXTS, st.booleans())
+LEAVE = st.tuples(st.just("leave"), st.integers(0, 9), st.none())
+COMPUTE = st.tuples(st.just("compute"), st.integers(0, 9), st.none())
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.tuples(st.one_of(ASK, ASK, LEAVE, COMPUTE), st.integers(0, 4)), max_size=30),
+    st.sampled_from([0, 1 << 16]),
+)
+def test_everybody_has_the_vectors_of_his_own_texts(steps: list[tuple[Any, int]], max_bytes: int) -> None:
+    """Whoever comes, leaves or sends bad texts in between: nobody fails for another's, nothing waits in vain."""
+
+    async def run() -> None:
+        device = Device()
+        cache = VectorCache(cast(Engine, device), max_bytes=max_bytes)
+        served = ServedModel(("stub",), StubModel(), cast(TextTokenizer, None))
+        asked: list[tuple[list[int], asyncio.Task[FloatArray]]] = []
+        for (what, which, background), passes in steps:
+            if what == "ask":
+                caller = BACKGROUND if background else ANYBODY
+                embedding = cache.embed(served, [text(i) for i in which], context(1.0), caller)
+                asked.append((which, asyncio.create_task(embedding)))
+            elif what == "leave" and asked:
+                asked[which % len(asked)][1].cancel()
+            elif what == "compute" and device.waiting:
+                device.compute(device.waiting[which % len(device.waiting)])
+            for _ in range(passes):
+                await asyncio.sleep(0)
+        for _ in range(200):
+            await asyncio.sleep(0)
+            if device.waiting and not all(task.done() for _, task in asked):
+                device.compute(device.waiting[0])
+        assert all(task.done() for _, task in asked)
+        assert not device.waiting
+        for texts, task in asked:
+            if not task.cancelled():
+                assert (task.exception() is not None) is (POISON in texts)
+                if task.exception() is None:
+                    assert task.result()[:, 0].tolist() == texts
+        assert not cache._flying
+
+    asyncio.run(run())
