@@ -166,10 +166,15 @@ def test_a_diverse_one_in_progress_is_found_again_where_it_said(slow: httpx.Clie
     assert done["id"].startswith("ctx_")
 
 
-def test_diverse_with_few_documents_takes_them_all(http: httpx.Client) -> None:
-    body = create(http, "few", ANIMALS, selection={"method": "diverse"}).json()
-    assert body["selection"] == {"method": "diverse", "seed": 0, "candidates": 12, "coverage_radius": 0.0}
-    assert body["documents"]["repeated"] == 4
+@pytest.mark.parametrize("count", [12, 16])
+def test_diverse_with_few_documents_takes_them_all(http: httpx.Client, count: int) -> None:
+    """As many as the model's 16 are few: they are known before the first stage."""
+    name, documents = f"few-{count}", (ANIMALS + COOKING)[:count]
+    planned = create(http, name, documents, selection={"method": "diverse"}, dry_run=True).json()
+    body = create(http, name, documents, selection={"method": "diverse"}).json()
+    assert planned["id"] == body["id"]
+    assert body["selection"] == {"method": "diverse", "seed": 0, "candidates": count, "coverage_radius": 0.0}
+    assert body["documents"]["repeated"] == 16 - count
 
 
 def test_diverse_with_the_embedded_default(http: httpx.Client) -> None:

@@ -386,6 +386,18 @@ def test_a_line_over_the_limit_is_not_gathered(chunk: int) -> None:
     assert taken <= 100 + chunk
 
 
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_a_line_may_be_as_long_as_the_limit_and_no_longer(chunk: int) -> None:
+    def chunks(length: int) -> list[bytes]:
+        content = b"y\r\n" + b"x" * length + b"\ny"
+        return [content[start : start + chunk] for start in range(0, len(content), chunk)]
+
+    assert list(numbered(chunks(100), 100)) == [(1, b"y"), (2, b"x" * 100), (3, b"y")]
+    with pytest.raises(LineTooLong) as refused:
+        list(numbered(chunks(101), 100))
+    assert refused.value.number == 2
+
+
 def test_what_was_not_begun_is_cancelled_at_once(store: SqlBatchStore) -> None:
     add(store)
     done = store.cancel("", "batch_1")

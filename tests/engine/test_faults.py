@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.domain import Arrays, Caller, Stage, TokenizedText
-from app.engine import metrics
+from app.engine import metrics, workers
 from app.engine.batching import submission_jobs
 from app.engine.faults import device_fault
 from app.engine.replica import GROW_AFTER
@@ -273,6 +273,18 @@ def test_a_worker_that_dies_is_started_again_and_its_callers_are_told() -> None:
     assert engine.queued_tokens == 0
     with pytest.raises(EngineUnavailable):
         engine.submit("stub", Stage.SECOND, [text(3)], context(1.0))
+    engine.stop(5)
+
+
+def test_deaths_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "RESTART_SECONDS", 0.0)
+    fatal: list[Exception] = []
+    engine = engine_of(StubModel(deadly), on_fatal=fatal.append)
+    for _ in range(RESTARTS + 2):
+        with pytest.raises(EngineUnavailable):
+            engine.submit("stub", Stage.SECOND, [text(DEADLY)], context(1.0)).result(10)
+    assert engine.submit("stub", Stage.SECOND, [text(3)], context(1.0)).result(10)[0, 0] == 3
+    assert fatal == []
     engine.stop(5)
 
 
