@@ -82,10 +82,10 @@ class StoreAndModel(RuleBasedStateMachine):
         self.passed = 0.0
         self._pass_seconds(0)
 
-    @initialize(narrow=st.booleans())
-    def begin_history(self, narrow: bool) -> None:
-        """`narrow`: of one name, one content and the choice of it, which meet more often."""
-        self.narrow = narrow
+    @initialize(names=st.sampled_from([1, 1, 6]), contents=st.integers(1, CONTENTS))
+    def begin_history(self, names: int, contents: int) -> None:
+        """Of how many it is: few meet more often."""
+        self.width, self.contents = names, contents
 
     # --- What both do ---
 
@@ -247,10 +247,10 @@ class StoreAndModel(RuleBasedStateMachine):
         self.monkeypatch.setattr(rows, "now", lambda: datetime.now(UTC) + passed)
 
     def _content(self, what: int) -> int:
-        return 2 * CONTENTS * self.history + (what // CONTENTS * CONTENTS if self.narrow else what)
+        return 2 * CONTENTS * self.history + what // CONTENTS * CONTENTS + what % self.contents
 
     def _name(self, name: int) -> Name:
-        return self.names[0 if self.narrow else name]
+        return self.names[name % self.width]
 
     def _one_build(self, data: st.DataObject) -> tuple[Name, Version, str]:
         return data.draw(st.sampled_from(self.being_built[-3:]))
@@ -318,6 +318,6 @@ def test_the_store_does_what_a_simple_model_does(
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         lambda: StoreAndModel(store, monkeypatch),  # type: ignore[arg-type]  # a factory will do, says its documentation
-        settings=settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=checks),
+        settings=settings(max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=checks),
     )
     assert check_store(url).findings == []
