@@ -17,6 +17,7 @@ from tests.api.test_embeddings import vectors
 from tests.compare import assert_same
 from tests.conftest import BUILTIN
 from tests.live import V1, live_server
+from tests.raw import exchange
 
 MISSING = "ctx_" + "0" * 32
 
@@ -275,6 +276,11 @@ def test_body_limit(data_dir: Path) -> None:
         check(httpx.post(f"{url}/v1/embeddings", content=body, headers=headers), 413, "request_too_large", None, "1000")
         chunked = (body[i : i + 100].encode() for i in range(0, len(body), 100))
         check(httpx.post(f"{url}/v1/embeddings", content=chunked, headers=headers), 413, "request_too_large", None)
+        announced = (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1001\r\n\r\n"
+        )
+        [answer] = exchange(url, announced)  # before any of it is sent
+        assert (answer.status, answer.code) == (413, "request_too_large")
         assert httpx.post(f"{url}/v1/embeddings", json={"model": V1, "input": "x"}).is_success
 
 

@@ -359,6 +359,14 @@ def test_what_is_wrong_with_an_input(content: bytes, codes: list[tuple[str, int 
     assert [(problem.code, problem.line) for problem in problems] == codes
 
 
+def test_what_is_missing_is_told_from_what_is_wrong() -> None:
+    content = b'{"method":"POST"}\n{"custom_id":1}'
+    _, problems = checked([content], max_lines=4, max_line_bytes=1000)
+    assert [problem.message for problem in problems] == [
+        "Missing required parameter: 'custom_id'.", "Invalid 'custom_id'."
+    ]  # fmt: skip
+
+
 def test_of_an_input_that_is_bad_throughout_a_part_is_told() -> None:
     _, problems = checked([b"{}\n" * 300], max_lines=1000, max_line_bytes=1000)
     assert [problem.line for problem in problems] == list(range(1, 101))
