@@ -79,7 +79,7 @@ class StoreAndModel(RuleBasedStateMachine):
         self.ordered: list[Version] = []  # as they were begun, over all names
         self.being_built: list[tuple[Name, Version, str]] = []
         self.builders = count()
-        self.passed = 0.0
+        self.now = datetime.now(UTC)
         self._pass_seconds(0)
 
     @initialize(names=st.sampled_from([1, 1, 6]), contents=st.integers(1, CONTENTS))
@@ -242,9 +242,8 @@ class StoreAndModel(RuleBasedStateMachine):
     # --- The model ---
 
     def _pass_seconds(self, seconds: float) -> None:
-        self.passed += seconds
-        passed = timedelta(seconds=self.passed)
-        self.monkeypatch.setattr(rows, "now", lambda: datetime.now(UTC) + passed)
+        self.now += timedelta(seconds=seconds)
+        self.monkeypatch.setattr(rows, "now", lambda: self.now)
 
     def _content(self, what: int) -> int:
         return 2 * CONTENTS * self.history + what // CONTENTS * CONTENTS + what % self.contents
