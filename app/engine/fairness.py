@@ -130,7 +130,7 @@ class GroupQueue:
         """`running`: the ids of the picked jobs that run now."""
         computed = sum(entry.job.cost for entry, _, _ in picked if id(entry.job) in running)
         passed = self._virtual + computed / max(1, len(self._clients))
-        self._virtual = max([passed, *(queue.served for _, _, queue in picked[:1])])
+        self._virtual = max(passed, min((queue.served for _, _, queue in picked), default=passed))
         for entry, _, queue in picked:
             if id(entry.job) in running:
                 queue.served += entry.job.cost
