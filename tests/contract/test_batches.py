@@ -415,6 +415,20 @@ def test_what_was_not_begun_is_cancelled_at_once(store: SqlBatchStore) -> None:
     assert store.claim("me") is None
 
 
+def test_cancelled_while_nobody_runs_it_keeps_its_answers(store: SqlBatchStore) -> None:
+    add(store)
+    store.claim("me")
+    store.begin("batch_1", "me", 2)
+    store.record("batch_1", "me", lines(1))
+    store.release(["me"])
+    cancelling = store.cancel("", "batch_1")
+    assert cancelling is not None
+    assert cancelling.status is BatchStatus.CANCELLING
+    assert store.claim("you") is not None
+    done = store.finish("batch_1", "you")
+    assert (done.status, done.completed, done.output_file_id is None) == (BatchStatus.CANCELLED, 1, False)
+
+
 def test_an_output_of_any_size(store: SqlBatchStore, files: SqlFileStore) -> None:
     add(store)
     store.claim("me")
