@@ -121,6 +121,7 @@ class GroupQueue:
                 picked.append((entry, client, queue))
                 left -= min(entry.job.cost, budget)
                 heappush(order, (served + entry.job.cost, i, client, queue))
+        # Every other time: who has had least never waits for more than one of them.
         self._overdue_first = not self._overdue_first
         if self._overdue_first:
             picked.sort(key=lambda pick: pick[0].passed < PASSES)
