@@ -1,5 +1,7 @@
 """The command line's root. Exit codes: 0 done, 1 failed, 2 wrong usage or settings."""
 
+import atexit
+import gc
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -73,6 +75,8 @@ def _options(
 
 def main() -> None:
     """The console script."""
+    # At its end the interpreter looks for what is garbage among all that torch has brought: half a second and more.
+    atexit.register(gc.freeze)
     try:
         app()
     except ConfigError as error:

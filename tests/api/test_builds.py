@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from sqlalchemy import update
 
 from app.context_refs import parse_ref
 from app.domain import ContextStatus, Space
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
+from app.stores.tables import versions
 from tests.api.test_contexts import NDJSON, create
 from tests.conftest import ANIMALS, COOKING
 from tests.live import V1, live_server
-from tests.processes import ServerProcess
+from tests.processes import ForkedServer
 
 LARGE = "v1-tiny-c512"
 FIRST_STAGES = 'cde_forwards_total{stage="first"}'
@@ -91,12 +94,18 @@ def test_progress_moves_and_the_name_stays(slow: httpx.Client) -> None:
 
 def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
     with (
-        ServerProcess(tmp_path, model=LARGE) as server,  # is killed at the end
+        ForkedServer(tmp_path, model=LARGE) as server,  # is killed at the end
         httpx.Client(base_url=server.when_ready().url, timeout=60) as http,
     ):
         body = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG}).json()
+    file = f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}"
+    database = Database(file)
+    # The dead server's lease, which the next one would wait for.
+    silent = update(versions).values(beat_at=datetime.now(UTC) - timedelta(hours=1))
+    database.write(lambda connection: connection.execute(silent))
+    database.close()
     with (
-        ServerProcess(tmp_path, model=LARGE) as server,
+        ForkedServer(tmp_path, model=LARGE) as server,
         httpx.Client(base_url=server.when_ready().url, timeout=60) as http,
     ):
         failed = when_done(http, "cut")
@@ -107,7 +116,7 @@ def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
         again = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG})
         assert (again.status_code, again.json()["version"]) == (202, 1)
         server.stop()
-    database = Database(f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}")
+    database = Database(file)
     stopped = SqlContextStore(database).get(Space(LARGE), parse_ref("cut"))
     database.close()
     assert stopped is not None

@@ -21,7 +21,7 @@ from tests.conftest import ANIMALS, COOKING
 from tests.live import V1
 from tests.models.conftest import embed, load_golden, tokenized
 from tests.postgres import new_database
-from tests.processes import ServerProcess
+from tests.processes import ForkedServer
 
 SECONDS = float(os.environ.get("TRAFFIC_SECONDS", "6"))
 NAMES = ("a", "b", "c")
@@ -33,8 +33,8 @@ TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS)]
 def servers(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[list[str]]:
     variables = {"CDE__CONTEXTS__DATABASE_URL": new_database(postgres)}
     with (
-        ServerProcess(tmp_path_factory.mktemp("one"), **variables) as one,
-        ServerProcess(tmp_path_factory.mktemp("two"), **variables) as two,
+        ForkedServer(tmp_path_factory.mktemp("one"), **variables) as one,
+        ForkedServer(tmp_path_factory.mktemp("two"), **variables) as two,
     ):
         yield [server.when_ready().url for server in (one, two)]
         one.stop()

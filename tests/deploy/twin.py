@@ -28,7 +28,7 @@ from tests.deploy.load import Answer, Load
 from tests.live import V1
 from tests.models.conftest import embed, load_golden, tokenized
 from tests.postgres import new_database, postgres_server
-from tests.processes import ServerProcess
+from tests.processes import ForkedServer
 
 RATE = 20.0
 TEXTS = [f"{text} Number {i}." for i, text in enumerate(ANIMALS + COOKING)]
@@ -52,7 +52,7 @@ class Twin:
             "CDE__SERVER__KEYS_FILE": str(folder / "keys.toml"),
             "CDE__SERVER__GRACE_SECONDS": "1",
         }
-        self._all: list[ServerProcess] = []
+        self._all: list[ForkedServer] = []
         started = [self._start() for _ in range(3)]
         self.replicas = [replica.when_ready() for replica in started]
         self._http = stack.enter_context(httpx.Client(timeout=60, headers={"Authorization": f"Bearer {KEY}"}))
@@ -131,12 +131,12 @@ class Twin:
     def _step(self, name: str) -> None:
         self.steps.append((name, time.monotonic()))
 
-    def _start(self) -> ServerProcess:
-        replica = self._stack.enter_context(ServerProcess(self._folder / f"{len(self._all)}", **self._settings))
+    def _start(self) -> ForkedServer:
+        replica = self._stack.enter_context(ForkedServer(self._folder / f"{len(self._all)}", **self._settings))
         self._all.append(replica)
         return replica
 
-    def _drain(self, replica: ServerProcess) -> None:
+    def _drain(self, replica: ForkedServer) -> None:
         replica.process.terminate()
         assert replica.process.wait(DRAINED_SECONDS) == 0
 

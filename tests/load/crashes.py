@@ -8,17 +8,13 @@ between; `contexts check` finds nothing.
 """
 
 import argparse
-import os
 import random
-import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import httpx
@@ -26,22 +22,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.cli import main as cde_server
 from app.context_refs import parse_ref
 from app.domain import DATASET_EMBEDDINGS, ContextStatus, Space
 from app.stores.checks.database import check_store
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
-from tests.live import GOLDENS, V1
+from tests.live import V1
 from tests.load.crash_clients import SHAPE, Client, Name, Tally
 from tests.postgres import new_database, own_postgres
+from tests.processes import ForkedServer
 
 CLIENTS = 4
 MOST_ANSWERS = 60
 """Before a kill; it comes at a random moment behind the last of them."""
 WHILE_STARTING = 0.1
 """So many of the kills come before the server is ready."""
-START_SECONDS = 120
 SPACE = Space(V1)
 
 
@@ -113,35 +108,31 @@ class Rounds:
 
     def __init__(self, folder: Path, url: str, seed: int) -> None:
         self.tally = Tally()
-        self._log = folder / "log"
         self._folder = folder
         self._url = url
         self._choose = random.Random(seed)
         self._clients = [Client(i, seed, self.tally) for i in range(CLIENTS)]
         self._verifier = Verifier(url, self.tally)
         self._verified = True
-        # Forked from a process that has imported everything: a server like any other, started in half the time.
-        self._processes = get_context("forkserver")
-        self._processes.set_forkserver_preload(["app.cli"])
 
     def run(self, rounds: int) -> None:
         for _ in range(rounds):
             self._round()
             self.tally.count("rounds")
-        with self._server() as process:
-            self._verify(self._when_ready(process))
-            process.terminate()
-            process.join(60)
-            if process.exitcode != 0:
-                self.tally.wrong.append(f"the last server, which was asked to end, ended with {process.exitcode}")
+        with self._server() as server:
+            self._verify(server.when_ready().url)
+            server.process.terminate()
+            code = server.process.wait(60)
+            if code != 0:
+                self.tally.wrong.append(f"the last server, which was asked to end, ended with {code}")
 
     def _round(self) -> None:
-        with self._server() as process:
+        with self._server() as server:
             if self._choose.random() < WHILE_STARTING:
                 time.sleep(self._choose.uniform(0, 2))
                 self.tally.count("killed while starting")
             else:
-                url = self._when_ready(process)
+                url = server.when_ready().url
                 self._verify(url)
                 working = [threading.Thread(target=client.work, args=(url,)) for client in self._clients]
                 for thread in working:
@@ -150,33 +141,15 @@ class Rounds:
                 while self.tally.answers < enough and any(thread.is_alive() for thread in working):
                     time.sleep(0.002)
                 time.sleep(self._choose.uniform(0, 0.1))
-                process.kill()
+                server.process.kill()
                 for thread in working:
                     thread.join()
                 self._verified = False
         if self._choose.random() < 0.5:  # else the next server is the first that opens the store
             self._verify()
 
-    @contextmanager
-    def _server(self) -> Iterator[BaseProcess]:
-        self._log.unlink(missing_ok=True)
-        process = self._processes.Process(target=_serve, args=(str(self._log), str(self._folder), self._url))
-        process.start()
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.join()
-
-    def _when_ready(self, process: BaseProcess) -> str:
-        """The server's URL. Raises RuntimeError where it does not start, which ends everything."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and process.is_alive():
-            said = self._log.read_text() if self._log.exists() else ""
-            if "ready after" in said:
-                return str(re.findall(r"http://[\d.:]+\d", said)[0])
-            time.sleep(0.02)
-        raise RuntimeError(f"the server does not start: {self._log.read_text()}")
+    def _server(self) -> ForkedServer:
+        return ForkedServer(self._folder, CDE__CONTEXTS__DATABASE_URL=self._url)
 
     def _verify(self, url: str | None = None) -> None:
         """`url`: of a server that has opened the store already; what it has is used as well."""
@@ -196,16 +169,6 @@ class Rounds:
             if answer.headers.get("x-context-id") != context_id:
                 self.tally.wrong.append(f"{ref} cannot be used: {answer.status_code} {answer.text[:200]}")
             self.tally.count("used")
-
-
-def _serve(log: str, folder: str, database_url: str) -> None:
-    """The server's process, as the command line makes it."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.environ["CDE__CONTEXTS__DATABASE_URL"] = database_url
-    sys.argv = ["cde-server", "serve", "--port", "0", "--model", str(GOLDENS / V1), "--data-dir", folder]
-    cde_server()
 
 
 @contextmanager

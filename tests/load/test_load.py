@@ -17,9 +17,9 @@ from tests.load.metrics import Metrics
 from tests.load.report import Line, show, write
 from tests.load.server import NO_CACHE, LoadServer
 
-SETTINGS = {**NO_CACHE, "CDE__LIMITS__QUEUE_TOKENS": "4500", "CDE__CONTEXTS__CACHE_BYTES": str(2**20)}
+SETTINGS = {**NO_CACHE, "CDE__LIMITS__QUEUE_TOKENS": "3000", "CDE__CONTEXTS__CACHE_BYTES": str(2**20)}
 """The queue holds about a hundred texts, however fast the machine is."""
-WORDS = (20, 60)
+WORDS = (10, 30)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ANIMALS
 from tests.live import V1
-from tests.processes import ServerProcess
+from tests.processes import ForkedServer
 from tests.telemetry.collector import Collector, collector
 
 SECRET = "xyzzyplugh"
@@ -49,7 +49,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traces]:
             "OTEL_EXPORTER_OTLP_ENDPOINT": collected.url,
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test",
         }
-        with ServerProcess(folder, **variables) as server:
+        with ForkedServer(folder, **variables) as server:
             with httpx.Client(base_url=server.when_ready().url, headers=KEY, timeout=60) as http:
                 vector, refusals = _talk(http)
                 _break(folder / "data" / "contexts.sqlite3")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
+from tests.waiting import until
 
 
 class Bench:
@@ -89,6 +91,8 @@ async def running(
     finally:
         await runner.close(failed=failed)
         database.close()
+        # What was being written is, and nothing comes behind it: what ran here is as good as dead.
+        await asyncio.to_thread(until, lambda: not [t for t in threading.enumerate() if t.name.startswith("store-")])
 
 
 async def test_a_small_batch_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
