@@ -6,19 +6,16 @@ parsed is answered in OpenAI's shape. How slowly a body may come is for `intake.
 """
 
 import asyncio
-import fcntl
-import sys
-import termios
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from http import HTTPStatus
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.openai_errors import TABLE, response_of
+from app.api.unread import UnreadAnswers
 from app.api.upgrades import WithoutUpgrades
 from app.errors import HeadersTooLarge, InvalidRequest, RequestTimeout, ServiceError, TooManyConnections
 from app.settings import LimitSettings
@@ -49,7 +46,7 @@ class GuardedProtocol(WithoutUpgrades):
         self._refusal: ServiceError | None = None
         self._unparsed = 0  # bytes since the parser last came to something
         self._timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._answers = UnreadAnswers(transport, self.limits, lambda: self._abort("unread"))
         if len(self.connections) > self.limits.max_connections + SPARE_CONNECTIONS:
             self._abort("too_many_connections")
         else:
@@ -60,8 +57,7 @@ class GuardedProtocol(WithoutUpgrades):
         self.resume_writing()
         self._unset_keepalive_if_required()
         for cycle in self._cycles:  # uvicorn tells the last one only
-            cycle.disconnected = True
-            cycle.message_event.set()
+            _disconnect(cycle)
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -140,7 +136,7 @@ class GuardedProtocol(WithoutUpgrades):
         self._cycles.popleft()
         super().on_response_complete()
         if self.transport.is_closing():
-            self._await_reader()
+            self._answers.watch()
         elif not self._in_head and not self._cycles:  # the rest of the body is thrown away, for a while
             self._unset_keepalive_if_required()
             self._wait(LINGER_SECONDS, self._close)
@@ -149,13 +145,11 @@ class GuardedProtocol(WithoutUpgrades):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._await_reader()
+        self._answers.watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+        self._answers.watch_no_more()
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
@@ -163,28 +157,7 @@ class GuardedProtocol(WithoutUpgrades):
     def shutdown(self) -> None:
         super().shutdown()
         if self.transport.is_closing():
-            self._await_reader()
-
-    def _await_reader(self) -> None:
-        """An answer that is not read does not stay in memory for ever."""
-        if self.transport.get_write_buffer_size() and self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.limits.stall_seconds, self._check_reader, self._unread())
-
-    def _check_reader(self, before: int) -> None:
-        self._write_timer = None
-        least = self.limits.stall_seconds * self.limits.min_bytes_per_second
-        if self.transport.get_write_buffer_size() and before - self._unread() < least:
-            self._abort("unread")
-        else:
-            self._await_reader()
-
-    def _unread(self) -> int:
-        """What is on its way: also from the kernel's buffer, of which a slow reader may take megabytes, and minutes,
-        before the kernel asks for more."""
-        size = bytearray(4)
-        with suppress(OSError, ValueError):  # the connection is gone
-            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, size)
-        return self.transport.get_write_buffer_size() + int.from_bytes(size, sys.byteorder)
+            self._answers.watch()
 
     # --- the end ---
 
@@ -197,16 +170,16 @@ class GuardedProtocol(WithoutUpgrades):
         """Reads no more. What can still be answered is; `error` is the answer where nothing else is due."""
         self._ended = True
         self._wait_no_more()
-        if self._in_head and self._cycles:
+        if self._in_head and self._cycles:  # whole requests came before: theirs are the last answers
             self._cycles[-1].keep_alive = False
-        elif self._in_head or (list(self._cycles) == [self.cycle] and not self.cycle.response_started):
-            for cycle in self._cycles:  # its body broke off: as if its client had gone
-                cycle.disconnected = True
-                cycle.message_event.set()
+        elif self._in_head:
             self._answer(error)
-        elif self.cycle.response_complete:
+        elif self.cycle.response_complete:  # its body went on behind its answer
             self._close()
-        else:
+        elif list(self._cycles) == [self.cycle] and not self.cycle.response_started:
+            _disconnect(self.cycle)
+            self._answer(error)
+        else:  # `error` would stand in the place of another answer, or inside one
             self._abort("malformed")
 
     def _answer(self, error: ServiceError) -> None:
@@ -230,7 +203,7 @@ class GuardedProtocol(WithoutUpgrades):
     def _close(self) -> None:
         """Once everything is sent."""
         self.transport.close()
-        self._await_reader()
+        self._answers.watch()
 
     def _abort(self, reason: str) -> None:
         CONNECTIONS_CUT.labels(reason).inc()
@@ -244,3 +217,9 @@ class GuardedProtocol(WithoutUpgrades):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _disconnect(cycle: RequestResponseCycle) -> None:
+    """The application sees that its client has gone."""
+    cycle.disconnected = True
+    cycle.message_event.set()
