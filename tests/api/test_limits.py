@@ -227,6 +227,19 @@ def test_nonsense_behind_an_answer_is_a_400(strict: str) -> None:
         refused(rest(connection), 400, None)
 
 
+def test_what_comes_behind_a_refusal_is_thrown_away(strict: str, others: httpx.Client) -> None:
+    before = cut(others, "malformed")
+    with connected(strict) as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        begun = connection.recv(1, socket.MSG_PEEK)  # it is answered
+        for _ in range(3):
+            with suppress(OSError):
+                connection.sendall(GET)
+        assert begun
+        refused(rest(connection), 400, None)
+    assert cut(others, "malformed") == before + 1
+
+
 # --- slow clients ---------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +255,12 @@ def test_a_connection_that_says_nothing_is_closed(strict: str) -> None:
     with connected(strict) as silent, connected(strict) as blank:
         blank.sendall(b"\r\n")
         assert rest(silent) == rest(blank) == []
+
+
+def test_a_connection_between_requests_is_closed(tmp_path: Path) -> None:
+    with live_server(tmp_path, limits={"idle_seconds": 1, "header_seconds": 600}) as url:
+        for sent in (GET, GET + GET, GET + b"\r\n"):
+            assert [answer.status for answer in exchange(url, sent)] == [200] * sent.count(b"GET")
 
 
 def test_headers_that_do_not_end_are_cut_off(strict: str) -> None:

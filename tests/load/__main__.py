@@ -77,7 +77,7 @@ def disconnects(
 def soak(
     *,
     model: Model = BUILTIN,
-    minutes: Annotated[float, typer.Option(help="Of load")] = 30,
+    minutes: Annotated[float, typer.Option(help="Of load, behind the warm-up")] = 30,
     load: Annotated[float, typer.Option(help="Of what the server can compute")] = 0.7,
     seed: Seed = 0,
     json: Json = None,

@@ -83,7 +83,7 @@ async def test_clients_that_go_away_leave_nothing_behind(loaded: LoadServer) -> 
 
 
 async def test_a_short_soak(loaded: LoadServer) -> None:
-    plan = soak.Plan(seconds=2, every=0.2, capacity_seconds=0.5, clients=1, words=WORDS)
+    plan = soak.Plan(seconds=2, warm_up=5, every=0.2, capacity_seconds=0.5, clients=1, words=WORDS)
     seen = await soak.run(loaded, plan)
     assert seen.calls.total() > 0
     assert seen.problems == {}
