@@ -18,8 +18,8 @@ from app.main import create_app
 from app.models.loading import load_model
 from app.serving import server_config
 from app.settings import Settings
-from tests.conftest import BUILTIN
-from tests.live import GOLDENS, V1, live_server
+from tests.conftest import ANIMALS, BUILTIN
+from tests.live import GOLDENS, V1, V2, live_server
 
 
 def test_models_name_their_contexts(http: httpx.Client) -> None:
@@ -193,3 +193,19 @@ def test_a_model_without_its_first_stage_beside_another(data_dir: Path) -> None:
     with live_server(data_dir, models) as url:
         body = {"model": "v2-tiny-c16", "input": "x"}
         assert httpx.post(f"{url}/v1/embeddings", json=body).json()["error"]["code"] == "context_required"
+
+
+def test_a_default_of_ones_own_outlives_its_server(data_dir: Path) -> None:
+    """It is not made anew, not even where that could not be done."""
+
+    def answered(url: str, model: str) -> str:
+        answer = httpx.post(f"{url}/v1/embeddings", json={"model": model, "input": "x"}).raise_for_status()
+        return str(answer.headers["x-context-id"])
+
+    with live_server(data_dir, [V1, V2]) as url:
+        fallback = answered(url, V2)
+        body = {"model": V1, "name": "default", "documents": ANIMALS}
+        own = httpx.post(f"{url}/v1/contexts", json=body).raise_for_status().json()["id"]
+        assert answered(url, V1) == own
+    with live_server(data_dir, [V1, {"name": str(GOLDENS / V2), "first_stage": False}]) as url:
+        assert (answered(url, V1), answered(url, V2)) == (own, fallback)
