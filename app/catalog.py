@@ -1,6 +1,7 @@
 """Contexts as resources: create, import, look at, export, roll back, delete."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,6 +31,8 @@ from app.registry import ServedModel
 from app.selection import Minicorpus, select
 from app.stores.base import Begun, ContextStore, NewContext
 from app.stores.threads import StoreThreads
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +220,15 @@ class Catalog:
         info = await self._threads.read(
             self._store.get, Space(served.id), ContextRef(DEFAULT_CONTEXT, name=DEFAULT_CONTEXT)
         )
-        if info is not None and info.status is ContextStatus.COMPLETED and info.model_revision == spec.revision:
+        completed = info is not None and info.status is ContextStatus.COMPLETED
+        if info is not None and completed and info.model_revision == spec.revision:
             return True
         if not spec.has_first_stage:
             return False
+        if completed:
+            log.warning("the context %r of %s was made with other weights, and is made anew from the model's own "
+                        "documents; if it was made from yours, create it again", DEFAULT_CONTEXT,
+                        served.id)  # fmt: skip
         documents = neutral_documents() if spec.fallback_documents is None else spec.fallback_documents
         minicorpus = select(documents, Selection("first"), spec.corpus_size)
         await self.create(served, Creation(DEFAULT_CONTEXT, {}), minicorpus, allow_empty=True)

@@ -195,6 +195,19 @@ def test_a_model_without_its_first_stage_beside_another(data_dir: Path) -> None:
         assert httpx.post(f"{url}/v1/embeddings", json=body).json()["error"]["code"] == "context_required"
 
 
+def test_a_default_that_other_weights_made_is_made_anew_and_told(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = []
+    for checkpoint in (V1, V2, V2):
+        caplog.clear()
+        with live_server(data_dir, [{"name": str(GOLDENS / checkpoint), "served_name": "m"}]) as url:
+            answer = httpx.post(f"{url}/v1/embeddings", json={"model": "m", "input": "x"}).raise_for_status()
+        ids.append(answer.headers["x-context-id"])
+        assert ("create it again" in caplog.text) == (len(ids) == 2)
+    assert ids[0] != ids[1] == ids[2]
+
+
 def test_a_default_of_ones_own_outlives_its_server(data_dir: Path) -> None:
     """It is not made anew, not even where that could not be done."""
 
