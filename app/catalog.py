@@ -37,12 +37,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Creation:
-    """What to make of documents, and for whom. `wait`: until it is built; else the answer is a version in progress."""
+    """What to make of documents, and for whom. `wait`: until it is built; else the answer is a version in progress.
+    Raises InvalidRequest for a name that may not be one."""
 
     name: str
     metadata: Mapping[str, str]
     namespace: str = SHARED
     wait: bool = True
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
 
 class Catalog:
@@ -75,7 +79,6 @@ class Catalog:
         self, served: ServedModel, creation: Creation, minicorpus: Minicorpus, *, allow_empty: bool = False
     ) -> tuple[NewContext, Plan]:
         """What `create` would make. Raises InvalidRequest and its kin."""
-        check_name(creation.name)
         plan = await self._builder.plan(
             served, minicorpus, param="documents", client=f"namespace {creation.namespace}", allow_empty=allow_empty
         )
@@ -111,7 +114,6 @@ class Catalog:
 
     async def import_arrays(self, served: ServedModel, creation: Creation, arrays: Arrays) -> tuple[ContextInfo, bool]:
         """A version from arrays made elsewhere. Raises InvalidRequest."""
-        check_name(creation.name)
         try:
             await asyncio.to_thread(check_arrays, served.model, arrays)
         except InvalidContext as error:

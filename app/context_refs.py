@@ -26,7 +26,7 @@ def parse_ref(text: str, *, param: str | None = "context") -> ContextRef:
     )
 
 
-def check_name(name: str) -> str:
+def check_name(name: str) -> None:
     """A name a new context may have. Raises InvalidRequest."""
     if not NAME.fullmatch(name) or name.startswith("ctx_"):
         raise InvalidRequest(
@@ -34,4 +34,3 @@ def check_name(name: str) -> str:
             "letter or digit, and not with ctx_.",
             param="name",
         )
-    return name

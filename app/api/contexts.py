@@ -31,7 +31,7 @@ from app.api.dependencies import (
 from app.api.openapi import arrays, takes
 from app.api.schemas import NPY, SAFETENSORS, ORJSONResponse, list_body
 from app.catalog import Catalog, Creation
-from app.context_refs import check_name, parse_ref
+from app.context_refs import parse_ref
 from app.domain import ContextInfo, ContextStatus, Selection, Space
 from app.errors import ContextModelMismatch, InvalidRequest, UnsupportedMediaType
 from app.json_text import InvalidJson, parse_json
@@ -65,9 +65,8 @@ async def create_context(
     check_count("documents", body.documents, settings.limits.max_documents, "Send them as NDJSON, which has no limit.")
     served = model_named(registry, body.model, model)
     minicorpus = catalog.minicorpus(served, Selection(body.selection.method, body.selection.seed))
-    check_name(body.name)
-    await asyncio.to_thread(minicorpus.add_all, body.documents)
     creation = Creation(body.name, body.metadata, namespace, wait)
+    await asyncio.to_thread(minicorpus.add_all, body.documents)
     return await _created(catalog, served, creation, minicorpus, dry_run=body.dry_run)
 
 
@@ -76,7 +75,7 @@ async def _create_from_stream(
 ) -> Response:
     given = validated(StreamParameters, dict(request.query_params))
     served = registry.get(given.model) if given.model else registry.default
-    creation = Creation(check_name(given.name), given.metadata, namespace, given.wait)
+    creation = Creation(given.name, given.metadata, namespace, given.wait)
     minicorpus = catalog.minicorpus(served, Selection(given.method, given.seed))
     async for number, line in ndjson_lines(request, max_line_bytes, lambda: minicorpus.memory):
         minicorpus.add(_document(number, line))
@@ -129,7 +128,7 @@ async def import_context(
     kind = media_type(request)
     if kind not in (SAFETENSORS, NPY, "application/octet-stream", "application/safetensors", ""):
         raise UnsupportedMediaType(f"Content-Type is {kind[:80]}; {SAFETENSORS} or {NPY} is expected.")
-    check_name(name)
+    creation = Creation(name, {}, namespace)
     data = await read_body(request, settings.limits.max_body_bytes)
     try:
         arrays, weights = await asyncio.to_thread(read_arrays, data, npy=kind == NPY)
@@ -141,7 +140,7 @@ async def import_context(
             f"Import them for the model they were made with, or create the context from its documents.",
             param="body",
         )
-    return _stored(*await catalog.import_arrays(served, Creation(name, {}, namespace), arrays))
+    return _stored(*await catalog.import_arrays(served, creation, arrays))
 
 
 @router.get("/v1/contexts")
