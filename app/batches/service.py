@@ -62,7 +62,7 @@ class Batches:
             self._files.list, namespace, purpose=purpose, after=after, limit=limit, newest_first=newest_first
         )
         if found is None:
-            raise InvalidRequest(f"Invalid 'after': there is no file '{after}'.", param="after")
+            raise _nothing_there("file", after)
         return found
 
     async def delete_file(self, namespace: str, file_id: str) -> None:
@@ -129,7 +129,7 @@ class Batches:
     async def list(self, namespace: str, *, after: str | None, limit: int) -> Page[BatchInfo]:
         found = await self._threads.read(self._store.list, namespace, after=after, limit=limit)
         if found is None:
-            raise InvalidRequest(f"Invalid 'after': there is no batch '{after}'.", param="after")
+            raise _nothing_there("batch", after)
         return found
 
     async def cancel(self, namespace: str, batch_id: str) -> BatchInfo:
@@ -146,6 +146,12 @@ class Batches:
 def check_purpose(purpose: str) -> None:
     if purpose != PURPOSE:
         raise InvalidRequest(f"Invalid 'purpose': this server takes files for batches, '{PURPOSE}'.", param="purpose")
+
+
+def _nothing_there(what: str, after: str | None) -> InvalidRequest:
+    return InvalidRequest(
+        f"Invalid 'after': there is no {what} '{str(after)[:80]}'. Take the last id of the page before.", param="after"
+    )
 
 
 def _no_file(file_id: str) -> NotFound:

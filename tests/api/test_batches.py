@@ -188,6 +188,14 @@ def test_what_is_no_upload(client: openai.OpenAI) -> None:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("what", ["files", "batches"])
+def test_a_page_behind_nothing_is_a_400(client: openai.OpenAI, what: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="there is no ") as refused:
+        getattr(client, what).list(after="long" * 100)
+    assert refused.value.param == "after"
+    assert len(refused.value.message) < 300
+
+
 def test_a_file_over_the_limit(tmp_path: Path) -> None:
     with live_server(tmp_path, limits={"max_file_bytes": 1000}) as url:
         large = b"x" * 200_000
