@@ -171,7 +171,7 @@ class Catalog:
         )
         if page is None:
             raise InvalidRequest(
-                f"Invalid 'after': there is no context with the id '{after}'. Send the last_id of the page before.",
+                f"Invalid 'after': there is no context '{str(after)[:80]}'. Send the last_id of the page before.",
                 param="after",
             )
         return page

@@ -150,7 +150,7 @@ def check_purpose(purpose: str) -> None:
 
 def _nothing_there(what: str, after: str | None) -> InvalidRequest:
     return InvalidRequest(
-        f"Invalid 'after': there is no {what} '{str(after)[:80]}'. Take the last id of the page before.", param="after"
+        f"Invalid 'after': there is no {what} '{str(after)[:80]}'. Send the last_id of the page before.", param="after"
     )
 
 
