@@ -35,6 +35,7 @@ router = APIRouter(tags=["batches"], dependencies=[Depends(admitted)])
 
 PIECE = 2**20
 FORM_OVERHEAD = 2**16
+"""What a form may hold beside the file."""
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -76,13 +77,16 @@ async def upload_file(
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise UnsupportedMediaType("multipart/form-data in UTF-8, with 'file' and 'purpose', is expected.")
-    async with _bounded(request, settings.limits.max_file_bytes).form(max_files=1, max_fields=20) as given:
+    limit = settings.limits.max_file_bytes
+    async with _bounded(request, limit).form(max_files=1, max_fields=20) as given:
         lenient = settings.server.unknown_parameters == "ignore"
         asked = validated(FileRequest, _fields(given), ignore_unknown=lenient)
         check_purpose(asked.purpose)
         file = given.get("file")
         if not isinstance(file, UploadFile):
             raise InvalidRequest("Missing required parameter: 'file'.", param="file")
+        if (file.size or 0) > limit:
+            raise _too_large(limit)
 
         def content() -> Iterator[bytes]:
             file.file.seek(0)
@@ -113,10 +117,9 @@ def _named(file: UploadFile) -> str:
 
 def _bounded(request: Request, limit: int) -> Request:
     """The request, whose body breaks off with RequestTooLarge, BodiesFull."""
-    too_large = RequestTooLarge(f"The file is larger than the {limit} bytes this server takes. Split it.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit + FORM_OVERHEAD:
-        raise too_large
+        raise _too_large(limit)
     spooled, size = incoming(request).files, 0
 
     async def receive() -> Message:
@@ -124,11 +127,15 @@ def _bounded(request: Request, limit: int) -> Request:
         message = await request.receive()
         size += len(message.get("body", b""))
         if size > limit + FORM_OVERHEAD:
-            raise too_large
+            raise _too_large(limit)
         spooled.hold(min(size, limit))
         return message
 
     return Request(request.scope, receive)
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The file is larger than the {limit} bytes this server takes. Split it.")
 
 
 @router.get("/v1/files")

@@ -198,9 +198,12 @@ def test_a_page_behind_nothing_is_a_400(client: openai.OpenAI, what: str) -> Non
 
 def test_a_file_over_the_limit(tmp_path: Path) -> None:
     with live_server(tmp_path, limits={"max_file_bytes": 1000}) as url:
-        large = b"x" * 200_000
-        response = httpx.post(f"{url}/v1/files", data={"purpose": "batch"}, files={"file": large})
-        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+        for size in (1000, 1001, 70_000, 200_000):
+            response = httpx.post(f"{url}/v1/files", data={"purpose": "batch"}, files={"file": b"x" * size})
+            if size == 1000:
+                assert response.json()["bytes"] == size
+            else:
+                assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_unfinished_batches_are_bounded(tmp_path: Path) -> None:
