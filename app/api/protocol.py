@@ -46,7 +46,7 @@ class GuardedProtocol(WithoutUpgrades):
         self._refusal: ServiceError | None = None
         self._unparsed = 0  # bytes since the parser last came to something
         self._timer: asyncio.TimerHandle | None = None
-        self._answers = UnreadAnswers(transport, self.limits, lambda: self._abort("unread"))
+        self._unread = UnreadAnswers(transport, self.limits, lambda: self._abort("unread"))
         if len(self.connections) > self.limits.max_connections + SPARE_CONNECTIONS:
             self._abort("too_many_connections")
         else:
@@ -136,7 +136,7 @@ class GuardedProtocol(WithoutUpgrades):
         self._cycles.popleft()
         super().on_response_complete()
         if self.transport.is_closing():
-            self._answers.watch()
+            self._unread.watch()
         elif not self._in_head and not self._cycles:  # the rest of the body is thrown away, for a while
             self._unset_keepalive_if_required()
             self._wait(LINGER_SECONDS, self._close)
@@ -145,11 +145,11 @@ class GuardedProtocol(WithoutUpgrades):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._answers.watch()
+        self._unread.watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._answers.watch_no_more()
+        self._unread.watch_no_more()
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
@@ -157,7 +157,7 @@ class GuardedProtocol(WithoutUpgrades):
     def shutdown(self) -> None:
         super().shutdown()
         if self.transport.is_closing():
-            self._answers.watch()
+            self._unread.watch()
 
     # --- the end ---
 
@@ -203,7 +203,7 @@ class GuardedProtocol(WithoutUpgrades):
     def _close(self) -> None:
         """Once everything is sent."""
         self.transport.close()
-        self._answers.watch()
+        self._unread.watch()
 
     def _abort(self, reason: str) -> None:
         CONNECTIONS_CUT.labels(reason).inc()
