@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -24,7 +23,6 @@ from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
 from app.stores.files import SqlFileStore
-from tests.waiting import until
 
 
 class Bench:
@@ -92,7 +90,7 @@ async def running(
         await runner.close(failed=failed)
         database.close()
         # What was being written is, and nothing comes behind it: what ran here is as good as dead.
-        await asyncio.to_thread(until, lambda: not [t for t in threading.enumerate() if t.name.startswith("store-")])
+        await asyncio.to_thread(database.threads._writers.shutdown)
 
 
 async def test_a_small_batch_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
