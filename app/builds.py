@@ -37,6 +37,10 @@ FAULT = "The first stage failed; the server's log says why."
 UNSTORED = "It was built and could not be stored; the server's log says why. Create it again."
 
 
+class FailedElsewhere(Exception):
+    """A version whose builder, another process, gave up or died."""
+
+
 class Builds:
     """Begins versions and carries them through. For one event loop."""
 
@@ -84,7 +88,8 @@ class Builds:
         return info, begun
 
     async def finished(self, info: ContextInfo) -> ContextInfo:
-        """Waits for a version that is built here or in another process. Raises what its build raised."""
+        """Waits for a version that is built here or in another process. Raises what its build raised here,
+        FailedElsewhere."""
         task = self._running.get(_key(info))
         if task is not None:
             return await asyncio.shield(task)
@@ -98,7 +103,7 @@ class Builds:
             if found.status is ContextStatus.COMPLETED:
                 return found
             if found.status is ContextStatus.FAILED:
-                raise ServerFault(f"The context {own.text} could not be built: {found.error}")
+                raise FailedElsewhere(f"The context {own.text} could not be built: {found.error}")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def close(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from app.building import ContextBuilder, Plan
-from app.builds import Builds
+from app.builds import Builds, FailedElsewhere
 from app.context_refs import check_name
 from app.contexts import Contexts, check_completed, key_of
 from app.domain import (
@@ -24,7 +24,7 @@ from app.domain import (
     Selection,
     Space,
 )
-from app.errors import ContextInUse, ContextNotFound, InvalidRequest
+from app.errors import ContextInUse, ContextNotFound, InvalidRequest, ServerFault
 from app.models.base import InvalidContext, check_arrays
 from app.payloads import id_of_arrays
 from app.registry import ServedModel
@@ -105,11 +105,18 @@ class Catalog:
         BuildsFull."""
         self._builds.check_room(creation.namespace)  # before any work
         new, plan = await self.plan(served, creation, minicorpus, allow_empty=allow_empty)
-        info, begun = await self._builds.begin(served, new, plan)
-        self._contexts.forget(new.space, name=new.name)
-        if begun is not Begun.THERE and creation.wait:
-            info = await self._builds.finished(info)
+        for last in (False, True):
+            info, begun = await self._builds.begin(served, new, plan)
             self._contexts.forget(new.space, name=new.name)
+            if begun is not Begun.THERE and creation.wait:
+                try:
+                    info = await self._builds.finished(info)
+                except FailedElsewhere as error:  # as its caller would, once more: here
+                    if last:
+                        raise ServerFault(str(error)) from error
+                    continue
+                self._contexts.forget(new.space, name=new.name)
+            break
         return info, begun is Begun.OURS
 
     async def import_arrays(self, served: ServedModel, creation: Creation, arrays: Arrays) -> tuple[ContextInfo, bool]:
