@@ -88,8 +88,8 @@ class Builds:
         return info, begun
 
     async def finished(self, info: ContextInfo) -> ContextInfo:
-        """Waits for a version that is built here or in another process. Raises what its build raised here,
-        FailedElsewhere."""
+        """Waits for a version that is built here or in another process. Raises what its build raised here, and
+        FailedElsewhere: what another process did not build may be begun anew."""
         task = self._running.get(_key(info))
         if task is not None:
             return await asyncio.shield(task)
@@ -103,7 +103,8 @@ class Builds:
             if found.status is ContextStatus.COMPLETED:
                 return found
             if found.status is ContextStatus.FAILED:
-                raise FailedElsewhere(f"The context {own.text} could not be built: {found.error}")
+                log.warning("context %s was not built by the process that began it: %s", own.text, found.error)
+                raise FailedElsewhere
             await asyncio.sleep(LOOK_SECONDS)
 
     async def close(self) -> None:

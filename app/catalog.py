@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -24,7 +25,7 @@ from app.domain import (
     Selection,
     Space,
 )
-from app.errors import ContextInUse, ContextNotFound, InvalidRequest, ServerFault
+from app.errors import ContextInUse, ContextNotFound, InvalidRequest
 from app.models.base import InvalidContext, check_arrays
 from app.payloads import id_of_arrays
 from app.registry import ServedModel
@@ -105,18 +106,15 @@ class Catalog:
         BuildsFull."""
         self._builds.check_room(creation.namespace)  # before any work
         new, plan = await self.plan(served, creation, minicorpus, allow_empty=allow_empty)
-        for last in (False, True):
+        while True:
             info, begun = await self._builds.begin(served, new, plan)
             self._contexts.forget(new.space, name=new.name)
-            if begun is not Begun.THERE and creation.wait:
-                try:
-                    info = await self._builds.finished(info)
-                except FailedElsewhere as error:  # as its caller would, once more: here
-                    if last:
-                        raise ServerFault(str(error)) from error
-                    continue
+            if begun is Begun.THERE or not creation.wait:
+                break
+            with suppress(FailedElsewhere):  # then as who asks again: it is begun here
+                info = await self._builds.finished(info)
                 self._contexts.forget(new.space, name=new.name)
-            break
+                break
         return info, begun is Begun.OURS
 
     async def import_arrays(self, served: ServedModel, creation: Creation, arrays: Arrays) -> tuple[ContextInfo, bool]:

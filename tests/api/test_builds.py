@@ -1,8 +1,11 @@
 """Contexts that take their time: progress, dry runs, deaths; and the choice of diverse documents."""
 
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ import pytest
 from safetensors.numpy import load
 from sqlalchemy import update
 
+from app.builds import Builds
 from app.context_refs import parse_ref
-from app.domain import ContextStatus, Space
+from app.domain import ContextInfo, ContextStatus, Space
+from app.stores.base import Begun
 from app.stores.database import Database
 from app.stores.sql import SqlContextStore
 from app.stores.tables import versions
 from tests.api.test_contexts import NDJSON, create
 from tests.conftest import ANIMALS, COOKING
+from tests.contract.test_store import new_context
 from tests.live import V1, live_server
 from tests.processes import ForkedServer
 
@@ -37,6 +43,12 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         httpx.Client(base_url=url, timeout=120) as http,
     ):
         yield http
+
+
+def silence(database: Database) -> None:
+    """As if whoever builds there had died long ago: nobody waits for the lease to run out."""
+    silent = update(versions).values(beat_at=datetime.now(UTC) - timedelta(hours=1))
+    database.write(lambda connection: connection.execute(silent))
 
 
 def state(http: httpx.Client, ref: str) -> dict[str, Any]:
@@ -100,9 +112,7 @@ def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
         body = http.post("/v1/contexts", params={"wait": "false"}, json={"name": "cut", "documents": LONG}).json()
     file = f"sqlite:///{tmp_path / 'data' / 'contexts.sqlite3'}"
     database = Database(file)
-    # The dead server's lease, which the next one would wait for.
-    silent = update(versions).values(beat_at=datetime.now(UTC) - timedelta(hours=1))
-    database.write(lambda connection: connection.execute(silent))
+    silence(database)
     database.close()
     with (
         ForkedServer(tmp_path, model=LARGE) as server,
@@ -122,6 +132,35 @@ def test_kill_9_in_the_middle_is_a_failed_version(tmp_path: Path) -> None:
     assert stopped is not None
     assert stopped.status is ContextStatus.FAILED
     assert "shut down" in (stopped.error or "")
+
+
+def test_what_a_dead_server_began_is_built_by_who_waits_for_it(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same documents, sent again while the dead one's lease runs."""
+    body, waits, finished = {"name": "orphan", "documents": ANIMALS}, threading.Event(), Builds.finished
+
+    def waited_for(self: Builds, info: ContextInfo) -> Awaitable[ContextInfo]:
+        waits.set()
+        return finished(self, info)
+
+    with live_server(data_dir) as url, ThreadPoolExecutor(1) as pool:
+        planned = httpx.post(f"{url}/v1/contexts", json=body | {"dry_run": True}).raise_for_status().json()
+        database = Database(f"sqlite:///{data_dir / 'contexts.sqlite3'}")
+        store, space = SqlContextStore(database), Space(V1)
+        default = store.get(space, parse_ref("default"))
+        assert default is not None
+        orphan = replace(new_context("orphan", 1, space, builder="dead"), id=planned["id"])
+        _, begun = store.begin(replace(orphan, model_revision=default.model_revision))
+        assert begun is Begun.OURS
+        monkeypatch.setattr(Builds, "finished", waited_for)
+        waiting = pool.submit(httpx.post, f"{url}/v1/contexts", json=body, timeout=60)
+        assert waits.wait(60)
+        assert not waiting.done()
+        silence(database)
+        made = waiting.result()
+        database.close()
+        assert (made.status_code, made.json()["version"], made.json()["status"]) == (201, 1, "completed")
+        used = httpx.post(f"{url}/v1/embeddings", json={"model": V1, "input": "x", "context": "orphan"})
+        assert used.headers["x-context-id"] == planned["id"] == made.json()["id"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

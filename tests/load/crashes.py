@@ -119,6 +119,8 @@ class Rounds:
         for _ in range(rounds):
             self._round()
             self.tally.count("rounds")
+            if self.tally.wrong:
+                return
         with self._server() as server:
             self._verify(server.when_ready().url)
             server.process.terminate()
@@ -145,6 +147,8 @@ class Rounds:
                 for thread in working:
                     thread.join()
                 self._verified = False
+                if self.tally.wrong:
+                    self.tally.wrong.append(f"the server's log: {server.log}")
         if self._choose.random() < 0.5:  # else the next server is the first that opens the store
             self._verify()
 
