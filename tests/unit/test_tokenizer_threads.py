@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 
@@ -45,18 +46,29 @@ async def test_however_much_is_sent_little_is_tokenized_at_once() -> None:
     assert await asyncio.gather(*large) == [[0, 0, 1, -1]] * 40
 
 
-async def test_clients_take_turns_whatever_each_of_them_has_sent() -> None:
-    log: list[str] = []
-    threads, work = TokenizerThreads(), Work(log)
-    many = [asyncio.create_task(threads.run(work.pieces("a", 20), LARGE, "a")) for _ in range(5)]
-    await asyncio.to_thread(work.entered.wait, 10)
-    one = asyncio.create_task(threads.run(work.pieces("b", 5), LARGE, "b"))
-    await asyncio.sleep(0)
-    work.open.set()
-    await asyncio.gather(one, *many)
-    assert len(log) == 105
-    last = len(log) - log[::-1].index("b")
-    assert last <= 20 + THREADS, "it had half of the turns"
+async def test_a_client_has_one_request_under_way_whatever_it_sent() -> None:
+    threads, held, free = TokenizerThreads(), Work([]), Work([])
+    free.open.set()
+    many = [asyncio.create_task(threads.run(held.pieces("a", 2), LARGE, "a")) for _ in range(5)]
+    await asyncio.to_thread(held.entered.wait, 10)
+    assert len(await asyncio.wait_for(threads.run(free.pieces("b", 5), LARGE, "b"), 10)) == 10
+    held.open.set()
+    assert await asyncio.gather(*many) == [[0, 0, 1, -1]] * 5
+
+
+async def test_a_request_gives_its_thread_up_after_every_piece() -> None:
+    threads, first, rest, other = TokenizerThreads(), Work([]), Work([]), Work([])
+    many = [
+        asyncio.create_task(threads.run(chain(first.pieces("a", 1), rest.pieces("a", 1)), LARGE, f"client {i}"))
+        for i in range(THREADS)
+    ]
+    one = asyncio.create_task(threads.run(other.pieces("b", 1), LARGE, "b"))
+    await asyncio.to_thread(first.entered.wait, 10)
+    first.open.set()
+    assert await asyncio.to_thread(other.entered.wait, 10), "its turn came behind the first pieces"
+    other.open.set()
+    rest.open.set()
+    assert await asyncio.gather(one, *many) == [[0, 0], *[[0, 0, 0, 0]] * THREADS]
 
 
 async def test_what_nobody_waits_for_ends_behind_its_piece() -> None:
