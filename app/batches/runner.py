@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from app.batches.work import BatchWork, Run
 from app.errors import ShuttingDown, StoreError
-from app.stores.batch_base import LeaseLost
+from app.stores.batch_base import Claim, LeaseLost
 from app.stores.batches import SqlBatchStore
 from app.stores.files import SqlFileStore
 from app.stores.threads import StoreThreads
@@ -37,6 +37,7 @@ class BatchRunner:
         self._woken = asyncio.Event()
         self._sweeping: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the name each claims batches under
+        self._claims: set[asyncio.Task[Claim | None]] = set()
 
     def start(self) -> None:
         self._sweeping = asyncio.create_task(self._sweep())
@@ -57,6 +58,7 @@ class BatchRunner:
         await asyncio.gather(*tasks, return_exceptions=True)
         if failed:
             return
+        await asyncio.gather(*self._claims, return_exceptions=True)  # a thread cannot be stopped: it may bring a batch
         with suppress(StoreError):
             await self._threads.write(self._store.release, list(self._tasks))
 
@@ -72,7 +74,7 @@ class BatchRunner:
         while True:
             self._woken.clear()  # before the look: what comes during it counts
             try:
-                claim = await self._threads.write(self._store.claim, owner)
+                claim = await self._claim(owner)
                 if claim is not None:
                     await self._work.carry_through(Run(claim, owner))
                     continue
@@ -89,3 +91,9 @@ class BatchRunner:
                 log.error("unexpected %s in a batch", type(error).__name__, exc_info=error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
+
+    async def _claim(self, owner: str) -> Claim | None:
+        claim = asyncio.create_task(self._threads.write(self._store.claim, owner))
+        self._claims.add(claim)
+        claim.add_done_callback(self._claims.discard)
+        return await asyncio.shield(claim)

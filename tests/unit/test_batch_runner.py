@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from app.batches import work as batch_work
 from app.batches.answering import ATTEMPTS
@@ -18,7 +19,7 @@ from app.batches.runner import AT_ONCE, BatchRunner
 from app.batches.window import WINDOW_BYTES
 from app.batches.work import DEADLY, BatchWork
 from app.errors import OutOfDeviceMemory, QueueFull
-from app.stores.batch_base import BatchInfo, BatchStatus
+from app.stores.batch_base import BatchInfo, BatchStatus, Claim
 from app.stores.batch_tables import batches, file_chunks
 from app.stores.batches import SqlBatchStore
 from app.stores.database import Database
@@ -339,3 +340,29 @@ async def test_a_namespace_with_long_batches_keeps_no_other_one_out(
             done = await bench.until(f"long-{i}", lambda info: info.status is BatchStatus.COMPLETED, "tenant")
             assert (done.completed, done.failed) == (800, 0)
     assert set(seen.values()) == {1, 800}
+
+
+async def test_what_is_claimed_while_it_stops_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, claim = threading.Event(), threading.Event(), SqlBatchStore.claim
+
+    def slow(store: SqlBatchStore, owner: str) -> Claim | None:
+        begun.set()
+        assert go_on.wait(20)
+        return claim(store, owner)
+
+    async def answer(_body: Any, _namespace: str) -> tuple[int, bytes]:
+        return 200, b"{}"
+
+    monkeypatch.setattr(SqlBatchStore, "claim", slow)
+    stopped = running(tmp_path, answer)
+    bench = await stopped.__aenter__()
+    bench.add("late", 1)
+    assert await asyncio.to_thread(begun.wait, 10)
+    stop = asyncio.create_task(stopped.__aexit__(None, None, None))
+    await asyncio.wait([stop], timeout=0.2)  # one that does not wait for the claim is done, or the weaker the check
+    go_on.set()
+    await stop
+    database = Database(f"sqlite:///{tmp_path / 'b.sqlite3'}")
+    with database.reading() as connection:
+        assert connection.execute(select(batches.c.owner)).scalar_one() is None
+    database.close()

@@ -1,7 +1,6 @@
 """cl100k_base ids back to text, with the genuine vocabulary; and what happens without it."""
 
 import threading
-import time
 
 import pytest
 import tiktoken
@@ -87,10 +86,9 @@ def test_a_download_that_hangs_holds_one_thread_only(monkeypatch: pytest.MonkeyP
     thread.start()
     try:
         assert inside.wait(10)
-        began = time.monotonic()
         with pytest.raises(VocabularyMissing):
             cl100k.decode([[791]])
-        assert time.monotonic() - began < 5
+        assert thread.is_alive(), "it did not wait for the first"
     finally:
         done.set()
         thread.join(10)
