@@ -32,6 +32,9 @@ router = APIRouter(tags=["operations"])
 served = APIRouter(tags=["models"], dependencies=[Depends(admitted)])
 """Routes that need the models; the others answer at any time."""
 
+PAGE = 10_000
+"""Contexts read at a time; each page sorts all of them."""
+
 
 @served.get("/v1/models")
 async def list_models(
@@ -46,7 +49,7 @@ async def list_models(
         more = True
         while more:
             after = found[-1].id if found else None
-            page = await catalog.list_current(namespace, model, after=after, limit=100, newest_first=False)
+            page = await catalog.list_current(namespace, model, after=after, limit=PAGE, newest_first=False)
             found.extend(page.items)
             more = page.has_more
         for info in found:

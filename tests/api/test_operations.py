@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.api import operations
 from app.errors import CheckpointError, ConfigError
 from app.main import create_app
 from app.models.loading import load_model
@@ -35,6 +36,17 @@ def test_models_name_their_contexts(http: httpx.Client) -> None:
     assert isinstance(own["created"], int)
     assert "not a CDE model" in own["owned_by"]
     assert models["v1-tiny-c16@default"]["parent"] == "v1-tiny-c16"
+
+
+def test_every_context_is_a_model_however_many_there_are(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"page-{i}" for i in range(5)]
+    for i, name in enumerate(names):
+        documents = [f"The same for two of them: {i // 2}"]
+        http.post("/v1/contexts", json={"name": name, "documents": documents}).raise_for_status()
+    listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
+    assert set(listed) >= {f"{BUILTIN}@{name}" for name in names}
+    monkeypatch.setattr(operations, "PAGE", 2)
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == listed
 
 
 @pytest.mark.parametrize("path", [BUILTIN, "builtin%2Fminilm-context", "minilm-context", f"{BUILTIN}@default:query"])
@@ -159,8 +171,8 @@ def test_the_openapi_page_is_whole(http: httpx.Client) -> None:
     referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(page)))
     assert referred <= set(schemas)
     assert "EmbeddingsRequest" in referred
-    for path, operations in page["paths"].items():
-        for method, operation in operations.items():
+    for path, methods in page["paths"].items():
+        for method, operation in methods.items():
             assert "422" not in operation["responses"], path
             takes_a_body = method in ("post", "put") and not path.endswith("/cancel")
             assert ("requestBody" in operation) == takes_a_body, (path, method)
