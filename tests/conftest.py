@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.live import V1, V2, live_server
 from tests.postgres import postgres_server
@@ -20,6 +21,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 # Clients make one each, of a tenth of a second, also for servers that speak plain HTTP: all of them here.
 ssl.create_default_context = lru_cache(ssl.create_default_context)  # type: ignore[assignment]
+
+# How long an example takes is the machine's affair.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 BUILTIN = "builtin/minilm-context"
 

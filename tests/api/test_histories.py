@@ -159,7 +159,7 @@ def known(server: str) -> tuple[list[bytes], list[str]]:
     return arrays, ids + imported
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(STEPS), st.integers(0, 1), st.integers(0, 1), st.integers(1, 4)),

@@ -49,7 +49,6 @@ def test_the_committed_page_is_the_servers(http: httpx.Client) -> None:
 @schema.include(path_regex="^/(v1|tokenize|info|health|ready)").parametrize()
 @settings(
     max_examples=CASES,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
     derandomize=True,

@@ -255,9 +255,7 @@ def test_the_store_does_what_a_simple_model_does(url: str, monkeypatch: pytest.M
     database = Database(url)
     run_state_machine_as_test(
         lambda: StoreAndModel(database, monkeypatch),  # type: ignore[arg-type]  # a factory will do, says its documentation
-        settings=settings(
-            max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-        ),
+        settings=settings(max_examples=30, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]),
     )
     database.close()
     assert check_store(url).findings == []

@@ -145,7 +145,7 @@ def test_after_an_unknown_context(store: ContextStore) -> None:
     assert store.list_current("", "m", after=f"ctx_{9:032x}", limit=5, newest_first=True) is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(st.integers(0, 6), max_size=12), limit=st.integers(1, 5), newest_first=st.booleans())
 def test_pagination_never_loses_or_repeats_a_name(
     store: ContextStore, contents: list[int], limit: int, newest_first: bool

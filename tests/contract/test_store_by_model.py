@@ -317,6 +317,6 @@ def test_the_store_does_what_a_simple_model_does(
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         lambda: StoreAndModel(store, monkeypatch),  # type: ignore[arg-type]  # a factory will do, says its documentation
-        settings=settings(max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=checks),
+        settings=settings(max_examples=30, stateful_step_count=40, suppress_health_check=checks),
     )
     assert check_store(url).findings == []

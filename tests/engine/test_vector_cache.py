@@ -240,7 +240,7 @@ LEAVE = st.tuples(st.just("leave"), st.integers(0, 9), st.none())
 COMPUTE = st.tuples(st.just("compute"), st.integers(0, 9), st.none())
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(st.tuples(st.one_of(ASK, ASK, LEAVE, COMPUTE), st.integers(0, 4)), max_size=30),
     st.sampled_from([0, 1 << 16]),

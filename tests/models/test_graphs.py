@@ -115,7 +115,7 @@ def test_any_small_batch() -> None:
     subject = Subject("v2", Recorder())
 
     @given(st.lists(st.tuples(st.integers(1, 70), st.integers(0, 1)), min_size=1, max_size=5), st.integers(0, 9))
-    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=3, derandomize=True, database=None)
     def check(batch: list[tuple[int, int]], seed: int) -> None:
         subject.check(random_texts("v2", [n for n, _ in batch], seed), [c for _, c in batch])
 
@@ -195,7 +195,7 @@ def test_a_context_that_is_in_its_place_is_not_copied_again() -> None:
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, derandomize=True, database=None)
 def test_a_batch_is_a_layout_of_all_its_rows(lengths: list[int]) -> None:
     texts = random_texts("v1", lengths)
     rows, context_rows = rows_of(texts), 7

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
     st.sampled_from([1, 32]),
     st.integers(0, 9),
 )
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 def test_each_text_has_the_mean_of_its_rows(texts: list[tuple[int, int]], multiple: int, seed: int) -> None:
     """Tokens and how many of them do not count, perhaps all; with filler behind them, which may hold anything."""
     layout = Layout.of([n for n, _ in texts], CPU, prefix=3, multiple=multiple)

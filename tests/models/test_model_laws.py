@@ -115,7 +115,7 @@ def test_batching_changes_nothing(subject: Subject, order: list[int], contexts: 
 @pytest.mark.parametrize("subject", [n for n in GOLDEN_SUBJECTS if "c16" in n], indirect=True)
 def test_no_batch_changes_anything(subject: Subject) -> None:
     @given(st.lists(st.tuples(st.integers(0, len(TEXTS) - 1), st.integers(0, 1)), min_size=1, max_size=9))
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, derandomize=True, database=None)
     def check(batch: list[tuple[int, int]]) -> None:
         check_batch(subject, [text for text, _ in batch], [context for _, context in batch])
 

@@ -88,7 +88,6 @@ def test_products_that_do_not_run_are_not_chosen(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-@settings(deadline=None)
 @given(arrays(np.float32, (3, 8), elements=floats), arrays(np.float32, (5, 8), elements=floats))
 def test_no_two_neighbours_overflow(rows: Any, weight: Any) -> None:
     w = torch.from_numpy(weight)
@@ -102,7 +101,7 @@ def test_no_two_neighbours_overflow(rows: Any, weight: Any) -> None:
     assert np.abs(quantized.dequantized().numpy() - rows).max() <= 0.51 * np.abs(rows).max() / 126 + 1e-6
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(arrays(np.float32, (3, 64), elements=floats), arrays(np.float32, (16, 64), elements=floats))
 def test_int8_products_are_exact(rows: Any, weight: Any) -> None:
     """Of what was quantised, whatever it was."""

@@ -57,7 +57,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got.float(), expected, rtol=relative, atol=1e-6)
 
 
-shapes = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shapes = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @shapes

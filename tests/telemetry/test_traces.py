@@ -19,6 +19,7 @@ from app.telemetry import requests
 from app.telemetry.requests import RequestRecord, part, record_engine
 from app.telemetry.tracing import Tracing
 from tests.live import V1, live_server
+from tests.waiting import until
 
 TRACED = Settings.model_validate({"server": {"traces": True}})
 
@@ -46,8 +47,14 @@ def spans(exporter: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
     yield exporter
 
 
+def ended(spans: InMemorySpanExporter, *, requests: int = 1) -> tuple[ReadableSpan, ...]:
+    """Those of so many requests: the last of each ends behind its answer."""
+    until(lambda: sum(span.kind is SpanKind.SERVER for span in spans.get_finished_spans()) >= requests)
+    return spans.get_finished_spans()
+
+
 def by_name(spans: InMemorySpanExporter) -> dict[str, ReadableSpan]:
-    return {span.name: span for span in spans.get_finished_spans()}
+    return {span.name: span for span in ended(spans)}
 
 
 def test_a_request_is_a_span_with_its_parts_below(url: str, spans: InMemorySpanExporter) -> None:
@@ -86,7 +93,7 @@ def test_a_request_without_a_parent_begins_a_trace(url: str, spans: InMemorySpan
     assert httpx.get(f"{url}/v1/models", headers={"traceparent": "rubbish"}).is_success
     for path in ("/health", "/ready", "/metrics"):
         assert httpx.get(url + path).is_success
-    (root,) = spans.get_finished_spans()
+    (root,) = ended(spans)
     assert (root.name, root.parent) == ("GET /v1/models", None)
 
 
@@ -99,7 +106,7 @@ def test_errors_are_told_by_code_and_never_by_message(
     monkeypatch.setattr(ContextualModel, "second_stage", broken)
     assert httpx.post(f"{url}/v1/embeddings", json={"model": "nope", "input": "x"}).status_code == 404
     assert httpx.post(f"{url}/v1/embeddings", json={"model": V1, "input": "not cached"}).status_code == 500
-    finished = spans.get_finished_spans()
+    finished = ended(spans, requests=2)
     refused, failed = (span for span in finished if span.name == "POST /v1/embeddings")
     assert refused.attributes is not None
     assert (refused.status.status_code, refused.attributes["cde.code"]) == (StatusCode.UNSET, "model_not_found")

@@ -285,7 +285,7 @@ any_text = st.text(st.characters(exclude_categories=[]), max_size=60) | st.text(
 @both
 def test_cut_ids(golden: str) -> None:
     @given(texts=st.lists(any_text, max_size=4), kind=st.sampled_from([*InputType, None]), limit=st.integers(2, 40))
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150, derandomize=True, database=None)
     def check(texts: list[str], kind: InputType | None, limit: int) -> None:
         found = tokenizer(golden, limit).texts(texts, kind, truncate=True)
         whole = tokenizer(golden, limit).uncut(texts, kind)
