@@ -1,6 +1,7 @@
 """Texts in files: .txt, .jsonl and .parquet in; a folder in BEIR's layout. One text at a time, in order."""
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, BinaryIO
 import orjson
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
+
+from app.json_text import InvalidJson, parse_json, without_lone_surrogates
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 BOM = b"\xef\xbb\xbf"
@@ -109,9 +112,15 @@ def _text(line: bytes, where: str) -> str:
 def _json(line: bytes, where: str) -> Any:
     try:
         return orjson.loads(line)
-    except ValueError as error:
+    except ValueError:
+        pass
+    try:
+        value = parse_json(line)
+    except InvalidJson as error:
         _text(line, where)
         raise BadCorpus(f"{where}: not valid JSON") from error
+    # It has half an emoji somewhere, in a text, an id or a column to keep; none of them could be written.
+    return orjson.loads(without_lone_surrogates(json.dumps(value, ensure_ascii=False)))
 
 
 def _parquet(file: BinaryIO, name: str, first: int, columns: Sequence[str]) -> Iterator[Row]:

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenization": {"domain", "errors", "json_text"},
     "selection": {"domain", "json_text", "vectors"},
     "payloads": {"domain"},
-    "corpora": set(),
+    "corpora": {"json_text"},
     "token_ids": set(),
     "tokenizer_threads": set(),
     "models": {"models", "domain", "errors", "machine", "tokenization"},

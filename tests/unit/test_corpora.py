@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.corpora import BadCorpus, Record, place_of, read_beir, read_records
+from app.corpora import BadCorpus, Record, place_of, read_beir, read_records, read_rows
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from app.corpora import BadCorpus, Record, place_of, read_beir, read_records
         ("a.txt", b"good\ncaf\xe9\n", ":2: not UTF-8"),
         ("a.jsonl", b'"good"\n{"text"\n', ":2: not valid JSON"),
         ("a.jsonl", b'"good"\n"caf\xe9"\n', ":2: not UTF-8"),
+        ("a.jsonl", b'"good"\n"\\ud83e', ":2: not valid JSON"),
         ("a.jsonl", b'"good"\n\n{"title": "x"}\n', ":3: neither"),
         ("a.parquet", b"nonsense", "Parquet"),
         ("a.csv", b"a,b", "unknown kind"),
@@ -41,6 +42,22 @@ def test_an_id_that_is_null_is_none_and_a_byte_order_mark_is_no_text(tmp_path: P
     text = tmp_path / "a.txt"
     text.write_bytes(b"\xef\xbb\xbfone\n")
     assert list(read_records(text)) == [Record("0", "one")]
+
+
+def test_half_an_emoji_is_what_it_is_to_the_server(tmp_path: Path) -> None:
+    """Everywhere in a line, as ids and kept columns are written, too; a whole one stays what it is."""
+    path = tmp_path / "a.jsonl"
+    lines = [
+        r'"half \ud83e"',
+        r'{"_id": "\udd8a", "text": "backslash \\ud83e"}',
+        r'{"text": "\ud83e\udd8a", "note": ["\ud83e\udd8a \udd8a"]}',
+    ]
+    path.write_text("\n".join(lines))
+    expected = [Record("0", "half \ufffd"), Record("\ufffd", r"backslash \ud83e"), Record("2", "🦊")]
+    assert list(read_records(path)) == expected
+    with path.open("rb") as file:
+        (*_, last) = read_rows(file, "a.jsonl")
+    assert last.raw == {"text": "🦊", "note": ["🦊 \ufffd"]}
 
 
 def test_bytes_in_a_parquet_file_that_are_no_text(tmp_path: Path) -> None:
