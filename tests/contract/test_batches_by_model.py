@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -255,7 +255,7 @@ def test_the_store_does_what_a_simple_model_does(url: str, monkeypatch: pytest.M
     database = Database(url)
     run_state_machine_as_test(
         lambda: StoreAndModel(database, monkeypatch),  # type: ignore[arg-type]  # a factory will do, says its documentation
-        settings=settings(max_examples=30, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]),
+        settings=settings(max_examples=30, stateful_step_count=40),
     )
     database.close()
     assert check_store(url).findings == []
